@@ -1,0 +1,194 @@
+"""The data that travels: how tokens are sampled, what an engine returns, a scored rollout, and what is trained on."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Args:
+        max_tokens: most tokens of a completion, the end-of-sequence token included.
+        temperature: the logits are divided by it; 0 is greedy and only of use in validation.
+        top_p: share of the probability that tokens are drawn from, in (0, 1].
+        top_k: number of tokens that are drawn from; 0 is all.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"`sampling.max_tokens` must be at least 1, got {self.max_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"`sampling.temperature` must be 0 or positive, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`sampling.top_p` must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"`sampling.top_k` must be 0 (all tokens) or positive, got {self.top_k}")
+
+    @property
+    def is_full_distribution(self) -> bool:
+        """True if every token of the vocabulary can be drawn, so that pi and mu have the same support."""
+        return self.top_p == 1 and self.top_k == 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine sampled after one prompt.
+
+    Args:
+        token_ids: sampled tokens; the end-of-sequence token is one of them if it was drawn.
+        logprobs: log mu of each token, in nats, of the distribution that was sampled from.
+        finish_reason: `stop` after an end-of-sequence token, `length` if it was cut off.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+
+    @property
+    def is_truncated(self) -> bool:
+        """True if the completion was cut off before an end-of-sequence token."""
+        return self.finish_reason == "length"
+
+
+@dataclass
+class Rollout:
+    """Completions of one rank's prompts with their rewards; the samples of a prompt stand next to each other.
+
+    Args:
+        prompts: text of each prompt, once per sample.
+        prompt_ids: token ids of each prompt, once per sample.
+        completions: what the engine returned, one per sample.
+        texts: decoded completions without special tokens.
+        columns: the data set's other columns, one value per sample.
+        group_size: samples per prompt.
+        rewards: weighted sum of the rewards, one per sample.
+        reward_parts: each reward by name, one value per sample, NaN where it does not apply.
+    """
+
+    prompts: list[str]
+    prompt_ids: list[list[int]]
+    completions: list[Completion]
+    texts: list[str]
+    columns: dict[str, list[Any]]
+    group_size: int
+    rewards: Float[Tensor, " samples"]
+    reward_parts: dict[str, Float[Tensor, " samples"]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Sampled tokens of all completions."""
+        return sum(len(completion.token_ids) for completion in self.completions)
+
+    @property
+    def group_rewards(self) -> Float[Tensor, "groups samples"]:
+        """Rewards, a row per prompt."""
+        return self.rewards.view(-1, self.group_size)
+
+
+@dataclass
+class RolloutBatch:
+    """One micro-batch: the padded sequences, what the engine said of them, and the size of the whole update.
+
+    Every `[batch, seq]` tensor is aligned with `input_ids`: entry t speaks of token t.
+    (Not frozen: Lightning's transfer to a device sets the fields.)
+
+    Args:
+        input_ids: prompt and completion, padded on the right.
+        attention_mask: True on prompt and completion, False on padding.
+        completion_mask: True on sampled tokens.
+        rollout_logprobs: log mu in nats, 0 outside the completions.
+        advantages: A of each token, in units of reward, 0 outside the completions.
+        num_update_tokens: completion tokens of the optimizer update, over all its micro-batches and ranks.
+        num_update_sequences: sequences of the optimizer update, over all its micro-batches and ranks.
+        temperature: temperature that mu was sampled at.
+
+    Raises:
+        ValueError: if shapes differ: a `[batch]` advantage would silently broadcast along `seq` when batch = seq.
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Bool[Tensor, "batch seq"]
+    completion_mask: Bool[Tensor, "batch seq"]
+    rollout_logprobs: Float[Tensor, "batch seq"]
+    advantages: Float[Tensor, "batch seq"]
+    num_update_tokens: int
+    num_update_sequences: int
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        shape = self.input_ids.shape
+        if len(shape) != 2:
+            raise ValueError(f"`input_ids` must be [batch, seq], got {list(shape)}")
+        for name in ("attention_mask", "completion_mask", "rollout_logprobs", "advantages"):
+            if (other := getattr(self, name).shape) != shape:
+                raise ValueError(f"`{name}` must have the shape of `input_ids` {list(shape)}, got {list(other)}")
+
+    @staticmethod
+    def collate(
+        rollout: Rollout,
+        rows: list[int],
+        advantages: Float[Tensor, " samples"],
+        *,
+        pad_token_id: int,
+        num_update_tokens: int,
+        num_update_sequences: int,
+        temperature: float,
+    ) -> "RolloutBatch":
+        """Pads the samples `rows` of a rollout to the longest of them.
+
+        Args:
+            rollout: the samples.
+            rows: indices of the samples.
+            advantages: A of every sample of the rollout.
+            pad_token_id: id that fills `input_ids`; it is never attended to.
+            num_update_tokens: see the class.
+            num_update_sequences: see the class.
+            temperature: see the class.
+        """
+        sequences = [rollout.prompt_ids[row] + rollout.completions[row].token_ids for row in rows]
+        shape = (len(rows), max(map(len, sequences)))
+        batch = RolloutBatch(
+            input_ids=torch.full(shape, pad_token_id),
+            attention_mask=torch.zeros(shape, dtype=torch.bool),
+            completion_mask=torch.zeros(shape, dtype=torch.bool),
+            rollout_logprobs=torch.zeros(shape),
+            advantages=torch.zeros(shape),
+            num_update_tokens=num_update_tokens,
+            num_update_sequences=num_update_sequences,
+            temperature=temperature,
+        )
+        for i, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
+            completion = slice(len(rollout.prompt_ids[row]), len(sequence))
+            batch.input_ids[i, : len(sequence)] = torch.tensor(sequence)
+            batch.attention_mask[i, : len(sequence)] = True
+            batch.completion_mask[i, completion] = True
+            batch.rollout_logprobs[i, completion] = torch.tensor(rollout.completions[row].logprobs)
+            batch.advantages[i, completion] = advantages[row]
+        return batch
+
+
+@dataclass
+class ValidationBatch:
+    """Scored completions of the validation prompts: `num_samples` of each prompt.
+
+    Args:
+        rollout: the completions and rewards, grouped by prompt.
+    """
+
+    rollout: Rollout

@@ -1,0 +1,34 @@
+"""Pure functions of tensors: ratios, divergences, advantages, aggregation, token logprobs."""
+
+from drpo_lightning.functional.advantages import ADVANTAGES, group_advantages
+from drpo_lightning.functional.aggregation import AGGREGATIONS, aggregate_loss
+from drpo_lightning.functional.divergences import (
+    binary_kl_divergence,
+    binary_tv_divergence,
+    k1_divergence,
+    k3_divergence,
+)
+from drpo_lightning.functional.logprobs import linear_token_logprobs, sampling_logprobs
+from drpo_lightning.functional.ratios import (
+    LOG_RATIO_CLAMP,
+    importance_ratio,
+    probability_shift,
+    within_log_ratio_clamp,
+)
+
+__all__ = [
+    "ADVANTAGES",
+    "AGGREGATIONS",
+    "LOG_RATIO_CLAMP",
+    "aggregate_loss",
+    "binary_kl_divergence",
+    "binary_tv_divergence",
+    "group_advantages",
+    "importance_ratio",
+    "k1_divergence",
+    "k3_divergence",
+    "linear_token_logprobs",
+    "probability_shift",
+    "sampling_logprobs",
+    "within_log_ratio_clamp",
+]

@@ -1,0 +1,85 @@
+"""DRPO: the importance-weighted policy gradient under a smooth, advantage-weighted trust region."""
+
+from dataclasses import dataclass
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from drpo_lightning.functional.ratios import importance_ratio, probability_shift
+from drpo_lightning.objectives.base import Objective, TokenInputs, TokenTerms
+
+
+def drpo(
+    policy_logprobs: Float[Tensor, "*tokens"],
+    rollout_logprobs: Float[Tensor, "*tokens"],
+    advantages: Float[Tensor, "*tokens"],
+    *,
+    delta: float,
+) -> TokenTerms:
+    """Divergence Regularized Policy Optimization: `r A - |A| mu (r - 1)^2 / (2 delta)` per token.
+
+    With the shift s = pi - mu = mu (r - 1) the penalty is `|A| s (r - 1) / (2 delta)`, and
+
+        grad_weight w = 1 - sign(A) (pi - mu) / delta
+
+    An update that diverges, A (r - 1) > 0, fades out as |pi - mu| nears delta and is corrected (w < 0) beyond it; one
+    that converges is amplified (w > 1). w is in [1 - 1/delta, 1 + 1/delta] and continuous.
+
+    Args:
+        policy_logprobs: log pi in nats.
+        rollout_logprobs: log mu in nats.
+        advantages: A, in units of reward.
+        delta: trust-region radius, in units of probability.
+
+    Returns:
+        Objective and its derivative `r A w`. At pi = mu they are A and A. At A = 0 both are 0.
+
+    Source: Yao et al., *Rethinking the Divergence Regularization in LLM RL*, arXiv 2606.09821.
+    """
+    ratio = importance_ratio(policy_logprobs, rollout_logprobs)
+    shift = probability_shift(policy_logprobs, rollout_logprobs)
+    penalty = advantages.abs() * shift * (ratio - 1) / (2 * delta)
+    weight = 1 - advantages.sign() * shift.detach() / delta
+    return TokenTerms(ratio * advantages - penalty, ratio.detach() * advantages * weight)
+
+
+@final
+@dataclass(frozen=True)
+class DRPO(Objective):
+    """Divergence Regularized Policy Optimization, arXiv 2606.09821. See `drpo` for the formula.
+
+    Args:
+        delta: trust-region radius in units of probability. The paper's experiments use 12.5. Since
+            |pi - mu| <= 1, a delta >= 1 cannot be reached: w stays in [1 - 1/delta, 1 + 1/delta] and never corrects.
+            0.15 to 0.2 gives the region of DPPO.
+
+    Raises:
+        ValueError: if delta is not positive.
+    """
+
+    delta: float = 12.5
+
+    def __post_init__(self) -> None:
+        if not self.delta > 0:
+            raise ValueError(
+                f"`delta` must be positive, in units of probability, got {self.delta}; the paper uses 12.5, "
+                "0.2 gives DPPO's region"
+            )
+
+    def terms(self, tokens: TokenInputs) -> TokenTerms:
+        """See `drpo`."""
+        return drpo(tokens.policy_logprobs, tokens.rollout_logprobs, tokens.advantages, delta=self.delta)
+
+    def describe(self) -> str:
+        """The regime that delta puts the run in."""
+        low, high = 1 - 1 / self.delta, 1 + 1 / self.delta
+        if self.delta >= 1:
+            return (
+                f"DRPO(delta={self.delta:g}): reweighting regime, the boundary |pi - mu| = delta cannot be reached; "
+                f"gradient weights stay in [{low:.3g}, {high:.3g}]"
+            )
+        return (
+            f"DRPO(delta={self.delta:g}): trust-region regime, updates fade out towards |pi - mu| = {self.delta:g} "
+            f"and are corrected beyond it; gradient weights in [{low:.3g}, {high:.3g}]"
+        )
