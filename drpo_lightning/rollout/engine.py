@@ -1,0 +1,128 @@
+"""The interface that every rollout engine has."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from drpo_lightning.batch import Completion, Sampling
+
+SleepMode = Literal["auto", "always", "never"]
+
+
+class EngineError(RuntimeError):
+    """An engine did not start, did not answer in time, or is gone."""
+
+
+class RolloutEngine(ABC):
+    """Samples completions with a copy of the trainer's weights.
+
+    The constructor only keeps settings: nothing is loaded before `start`, since every rank builds the object before
+    the ranks know of each other.
+
+    Args:
+        sleep: whether the engine gives its memory to the trainer between rollouts: `always` is an error where the
+            engine cannot, `auto` does so where it can, `never` leaves it as it is.
+
+    Attributes:
+        cache_block_tokens: tokens of one block of the prefix cache; 0 without one.
+        context_tokens: most tokens of a sequence; known once started.
+    """
+
+    cache_block_tokens: int = 0
+    context_tokens: int = 0
+
+    def __init__(self, sleep: SleepMode = "auto") -> None:
+        self.sleep_mode = sleep
+
+    @abstractmethod
+    def check_available(self) -> None:
+        """Raises `EngineError` if what the engine needs is not installed. Cheap: nothing is loaded."""
+
+    @property
+    @abstractmethod
+    def is_started(self) -> bool:
+        """True between `start` and `close`."""
+
+    @abstractmethod
+    def start(self, model: str, *, device: torch.device, num_ranks: int, seed: int) -> None:
+        """Loads the model and makes ready to generate.
+
+        Args:
+            model: folder or name on the Hugging Face hub.
+            device: the trainer's device on this rank.
+            num_ranks: processes of the trainer.
+            seed: seeds requests that have no seed of their own.
+
+        Raises:
+            EngineError: if the engine does not come up.
+        """
+
+    @abstractmethod
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        stop_token_ids: Sequence[int],
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[Completion]]:
+        """Samples `num_samples` completions of each prompt.
+
+        Args:
+            prompt_ids: token ids of each prompt.
+            sampling: how completions are drawn.
+            num_samples: completions per prompt, different from each other.
+            stop_token_ids: tokens that end a completion; they are part of it.
+            seeds: one seed per prompt, below 2^62; equal seeds and weights give equal completions. None draws anew.
+
+        Returns:
+            For each prompt its completions, with logprobs of the distribution that was sampled from.
+        """
+
+    @abstractmethod
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replaces all weights and forgets every cached prefix.
+
+        A failure leaves the engine unusable: it must be closed.
+
+        Args:
+            weights: name and tensor of the model's whole state dict, tied tensors under each of their names.
+        """
+
+    @property
+    @abstractmethod
+    def can_sleep(self) -> bool:
+        """True if the engine can give its memory back; known once started."""
+
+    @abstractmethod
+    def _sleep(self) -> None: ...
+
+    @abstractmethod
+    def _wake(self) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the engine and frees what it holds. May be called again, and before `start`."""
+
+    def check_sleep(self) -> None:
+        """Raises `EngineError` if `sleep: always` is asked of a started engine that cannot sleep."""
+        if self.sleep_mode == "always" and not self.can_sleep:
+            raise EngineError(
+                f"`sleep: always` is not supported by {type(self).__name__} on this device; "
+                "set `sleep: auto`, which sleeps only where it can"
+            )
+
+    def sleep(self) -> None:
+        """Gives the engine's memory to the trainer, as far as `sleep` asks for it and the engine can."""
+        self.check_sleep()
+        if self.sleep_mode != "never" and self.can_sleep:
+            self._sleep()
+
+    def wake(self) -> None:
+        """Undoes `sleep`; weights have to be loaded again before generating."""
+        if self.sleep_mode != "never" and self.can_sleep:
+            self._wake()

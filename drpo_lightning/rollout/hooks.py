@@ -1,0 +1,26 @@
+"""Moments of a rollout that a Lightning callback can attend to."""
+
+from typing import TYPE_CHECKING
+
+from drpo_lightning.batch import Rollout
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from drpo_lightning.rollout.engine import RolloutEngine
+
+
+class RolloutHooks:
+    """A callback that also inherits from this class is called around rollouts.
+
+    The rollout data module calls the members of `trainer.callbacks` that are `RolloutHooks`, on every rank.
+    """
+
+    def on_engine_refresh(self, trainer: "Trainer", pl_module: "LightningModule", engine: "RolloutEngine") -> None:
+        """Called when the engine has got the trainer's weights, before it generates with them."""
+
+    def on_rollout_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Called before the weights are synchronised and completions are sampled."""
+
+    def on_rollout_end(self, trainer: "Trainer", pl_module: "LightningModule", rollout: Rollout) -> None:
+        """Called with this rank's scored completions, before the first update on them."""

