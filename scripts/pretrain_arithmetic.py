@@ -57,13 +57,9 @@ def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids `[rows, length]`, padded on the right, and labels: -100 on the prompt and the padding."""
-    lines = [
-        tokenizer(row["prompt"] + row["answer"]).input_ids + [tokenizer.eos_token_id] for row in rows
-    ]
+    lines = [tokenizer(row["prompt"] + row["answer"]).input_ids + [tokenizer.eos_token_id] for row in rows]
     length = max(map(len, lines))
     ids = torch.tensor([line + [tokenizer.pad_token_id] * (length - len(line)) for line in lines])
     labels = ids.clone()
@@ -74,9 +70,7 @@ def encode(
 
 
 @torch.no_grad()
-def sampled_accuracy(
-    model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor
-) -> float:
+def sampled_accuracy(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> float:
     """The exact chance that a sample at temperature 1 is the right answer, averaged over the problems."""
     logits = model(input_ids=ids).logits[:, :-1]
     logprobs = -F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=-100)

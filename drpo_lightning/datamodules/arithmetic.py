@@ -1,10 +1,45 @@
+"""Additions as prompts: a task that a small model learns in minutes."""
+
 import random
-class ArithmeticPrompts:
-    def __init__(self, split="train", max_operand=99, num_validation=500, seed=0):
-        self.split, self.max_operand, self.num_validation, self.seed = split, max_operand, num_validation, seed
-    def load(self):
-        pairs = [(a, b) for a in range(self.max_operand + 1) for b in range(self.max_operand + 1)]
+from typing import Any, Literal
+
+from drpo_lightning.datamodules.prompts import PromptSource
+
+
+class ArithmeticPrompts(PromptSource):
+    """All additions `a+b=` of numbers up to `max_operand`, in a fixed random order, split in two.
+
+    The column `answer` holds the sum.
+
+    Args:
+        split: `train`, or `validation` for the `num_validation` problems that training never sees.
+        max_operand: largest number that is added.
+        num_validation: problems of the validation split.
+        template: text of the prompt, with `{a}` and `{b}`.
+        seed: of the order, and so of the split.
+    """
+
+    def __init__(
+        self,
+        split: Literal["train", "validation"] = "train",
+        max_operand: int = 99,
+        num_validation: int = 500,
+        template: str = "{a}+{b}=",
+        seed: int = 0,
+    ) -> None:
+        problems = (max_operand + 1) ** 2
+        if not 0 < num_validation < problems:
+            raise ValueError(f"`num_validation` must be between 1 and {problems - 1}, got {num_validation}")
+        self.split = split
+        self.max_operand = max_operand
+        self.num_validation = num_validation
+        self.template = template
+        self.seed = seed
+
+    def load(self) -> list[dict[str, Any]]:
+        """The problems of the split."""
+        numbers = range(self.max_operand + 1)
+        pairs = [(a, b) for a in numbers for b in numbers]
         random.Random(self.seed).shuffle(pairs)
-        cut = self.num_validation
-        chosen = pairs[:cut] if self.split == "validation" else pairs[cut:]
-        return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in chosen]
+        chosen = pairs[: self.num_validation] if self.split == "validation" else pairs[self.num_validation :]
+        return [{"prompt": self.template.format(a=a, b=b), "answer": str(a + b)} for a, b in chosen]

@@ -140,9 +140,7 @@ class Objective(ABC):
             coefficient = masked(torch.where(in_clamp, terms.grad_coefficient, 0.0))
             ratio = importance_ratio(tokens.policy_logprobs, tokens.rollout_logprobs)
             # A = 0 gives 0 / 0 = NaN, also outside the completions, where A was set to 0.
-            weight = torch.where(
-                tokens.advantages == 0, torch.nan, coefficient / (ratio * tokens.advantages)
-            )
+            weight = torch.where(tokens.advantages == 0, torch.nan, coefficient / (ratio * tokens.advantages))
         return ObjectiveOutput(
             loss=masked(-terms.objective),
             grad_coefficient=coefficient,

@@ -60,9 +60,11 @@ class VLLMEngine(RolloutEngine):
             "enforce_eager": enforce_eager,
             # What is returned as logprob is the distribution after temperature, top-k and top-p. The default is not.
             "logprobs_mode": "processed_logprobs",
+            "use_tqdm_on_load": False,
             "generation_config": "vllm",  # stop tokens come with each request, not from the model's folder
             **(engine_kwargs or {}),
         }
+        self.max_context_tokens = max_model_len
         self.kv_cache_gib = kv_cache_gib
         self.start_timeout_seconds = start_timeout_seconds
         self.generate_timeout_seconds = generate_timeout_seconds
@@ -169,7 +171,8 @@ def _environment_of_engine(device: torch.device, *, own_process: bool) -> dict[s
     """Environment variables that vLLM reads when it is imported."""
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        # At every sync vLLM warns that a rotary embedding has no weights, which is so.
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "VLLM_NO_USAGE_STATS": "1",
     }
     if device.type == "cpu":

@@ -1,0 +1,126 @@
+"""Where prompts come from: files, the Hugging Face hub, or a generated task."""
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+
+class PromptSource(ABC):
+    """A data set of prompts."""
+
+    @abstractmethod
+    def load(self) -> list[dict[str, Any]]:
+        """The rows; `prompt` is a text, or a list of chat messages; the other columns go to the rewards.
+
+        Raises:
+            ValueError: if there are no rows or a row is malformed, naming where.
+        """
+
+
+class FilePrompts(PromptSource):
+    """Prompts from a JSONL file, one object per line, or from a Parquet file.
+
+    Args:
+        path: the file; `.jsonl`, `.json` (with lines) or `.parquet`.
+        prompt_column: column that holds the prompt, a text or a list of chat messages.
+        columns: other columns that every row must have, such as the answer.
+    """
+
+    def __init__(self, path: str, prompt_column: str = "prompt", columns: list[str] | None = None) -> None:
+        self.path = Path(path).expanduser()
+        self.prompt_column = prompt_column
+        self.columns = columns or []
+
+    def load(self) -> list[dict[str, Any]]:
+        """See `PromptSource.load`."""
+        if not self.path.is_file():
+            raise ValueError(f"the data set {str(self.path)!r} does not exist")
+        if self.path.suffix == ".parquet":
+            rows = _read_parquet(self.path)
+        elif self.path.suffix in (".jsonl", ".json"):
+            rows = _read_jsonl(self.path)
+        else:
+            raise ValueError(f"the data set {str(self.path)!r} must end in .jsonl, .json or .parquet")
+        return _with_prompt(rows, self.prompt_column, self.columns, str(self.path))
+
+
+class HubPrompts(PromptSource):
+    """Prompts from a data set on the Hugging Face hub, or from a local folder of one.
+
+    Args:
+        name: name on the hub, `owner/name`, or a folder.
+        split: its split, with slices as `datasets` writes them: `train[:1000]`.
+        config: its configuration, if it has several.
+        prompt_column: column that holds the prompt, a text or a list of chat messages.
+        columns: other columns that every row must have, such as the answer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str = "train",
+        config: str | None = None,
+        prompt_column: str = "prompt",
+        columns: list[str] | None = None,
+    ) -> None:
+        self.name = name
+        self.split = split
+        self.config = config
+        self.prompt_column = prompt_column
+        self.columns = columns or []
+
+    def load(self) -> list[dict[str, Any]]:
+        """See `PromptSource.load`."""
+        from datasets import load_dataset
+
+        rows = [(f"row {i}", row) for i, row in enumerate(load_dataset(self.name, self.config, split=self.split))]
+        return _with_prompt(rows, self.prompt_column, self.columns, f"{self.name} ({self.split})")
+
+
+def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
+    """Rows of a JSONL file, each with its place; empty lines are passed over."""
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    rows.append((f"line {number}", json.loads(line)))  # noqa: PERF401 - the number is for the error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8: {error}") from error
+    return rows
+
+
+def _read_parquet(path: Path) -> list[tuple[str, Any]]:
+    """Rows of a Parquet file, each with its place."""
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        table = parquet.read_table(path)
+    except ArrowInvalid as error:
+        raise ValueError(f"{path}: not a Parquet file: {error}") from error
+    return [(f"row {number}", row) for number, row in enumerate(table.to_pylist())]
+
+
+def _with_prompt(
+    rows: list[tuple[str, Any]], prompt_column: str, columns: list[str], origin: str
+) -> list[dict[str, Any]]:
+    """Renames the prompt's column to `prompt` and checks every row."""
+    if not rows:
+        raise ValueError(f"the data set {origin} is empty")
+    result = []
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{origin}, {place}: a row must be an object with columns, got {type(row).__name__}")  # noqa: TRY004
+        for column in (prompt_column, *columns):
+            if row.get(column) is None:
+                raise ValueError(f"{origin}, {place}: no column {column!r}; it has {sorted(row)}")
+        prompt = row[prompt_column]
+        if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and prompt):
+            raise ValueError(
+                f"{origin}, {place}: {prompt_column!r} must be a text or a list of chat messages, got {prompt!r}"
+            )
+        result.append({"prompt": prompt, **{key: value for key, value in row.items() if key != prompt_column}})
+    return result

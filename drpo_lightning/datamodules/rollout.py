@@ -1,0 +1,479 @@
+"""The DataModule whose data are rollouts: sampled by the engine with the current weights, scored, and split."""
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from drpo_lightning.batch import Completion, Rollout, RolloutBatch, Sampling, ValidationBatch
+from drpo_lightning.datamodules.prompts import PromptSource
+from drpo_lightning.functional.advantages import group_advantages
+from drpo_lightning.rewards.base import Reward, RewardBatch, combine_rewards, score_rewards
+from drpo_lightning.rollout.engine import EngineError, RolloutEngine
+from drpo_lightning.rollout.hooks import RolloutHooks
+from drpo_lightning.rollout.weights import WeightSource, check_weights, model_weight_shapes
+
+
+class RolloutDataModule(LightningDataModule):
+    """Samples completions from an engine, scores them, and serves them as micro-batches.
+
+    One epoch is one rollout: `num_prompts` prompts, `group_size` completions of each, `num_updates` optimizer updates
+    on them. The completions of a rollout are split evenly over updates, ranks and, within an update,
+    `trainer.accumulate_grad_batches` micro-batches.
+
+    Args:
+        engine: what samples the completions.
+        prompts: prompts of the training.
+        model: folder or hub name of the policy, for the tokenizer and the engine. The command line takes it from
+            `model.model`.
+        val_prompts: prompts of the validation; none by default.
+        num_prompts: prompts per rollout, over all ranks.
+        group_size: completions per prompt, at least 2.
+        num_updates: optimizer updates per rollout.
+        sampling: how completions are drawn.
+        val_num_samples: completions per validation prompt.
+        val_sampling: how they are drawn; by default as in training.
+        advantage: `group_mean` (the paper's), `group_mean_std` or `leave_one_out`.
+        prompt_format: `raw` takes a prompt as it is, `chat` as a user's message in the model's chat template. A
+            prompt that is a list of messages always goes through the chat template.
+        system_prompt: first message of a chat.
+        seed: of the order of prompts, of the split into micro-batches, and of seeded requests.
+        seeded_requests: gives every prompt a seed made of `seed`, the rollout and the prompt, so that a run can be
+            repeated exactly. By default on a CPU only: on a GPU it slows vLLM down.
+        trust_remote_code: whether code that comes with the tokenizer may run.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        prompts: PromptSource,
+        model: str,
+        val_prompts: PromptSource | None = None,
+        num_prompts: int = 64,
+        group_size: int = 8,
+        num_updates: int = 4,
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        val_num_samples: int = 1,
+        val_sampling: Sampling | None = None,
+        advantage: Literal["group_mean", "group_mean_std", "leave_one_out"] = "group_mean",
+        prompt_format: Literal["raw", "chat"] = "raw",
+        system_prompt: str | None = None,
+        seed: int = 0,
+        seeded_requests: bool | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if group_size < 2:
+            raise ValueError(
+                f"`data.group_size` must be at least 2, got {group_size}: an advantage compares the samples of a prompt"
+            )
+        for name, value in (
+            ("num_prompts", num_prompts),
+            ("num_updates", num_updates),
+            ("val_num_samples", val_num_samples),
+        ):
+            if value < 1:
+                raise ValueError(f"`data.{name}` must be at least 1, got {value}")
+        self.engine = engine
+        self.prompts = prompts
+        self.model_name = model
+        self.val_prompts = val_prompts
+        self.num_prompts = num_prompts
+        self.group_size = group_size
+        self.num_updates = num_updates
+        self.sampling = sampling
+        self.val_num_samples = val_num_samples
+        self.val_sampling = val_sampling or sampling
+        self.advantage = advantage
+        self.prompt_format = prompt_format
+        self.system_prompt = system_prompt
+        self.seed = seed
+        self.seeded_requests = seeded_requests
+        self.trust_remote_code = trust_remote_code
+
+        self.iteration = 0
+        """Rollouts made so far."""
+        self.rollout: Rollout | None = None
+        """The rollout in use, of this rank."""
+        self.phase_seconds: dict[str, float] = {}
+        """What the last rollout took, in seconds: `sync`, `generate` and `reward`."""
+        self._position = 0
+        self._resumed = False
+        self._rows: list[dict[str, Any]] = []
+        self._val_rows: list[dict[str, Any]] = []
+        self._tokenizer: Any = None
+        self._stop_token_ids: list[int] = []
+        self._expected_weights: dict[str, torch.Size] = {}
+
+    # ---------------------------------------------------------------- set-up
+
+    def setup(self, stage: str) -> None:
+        """Loads tokenizer and prompts and checks that everything fits, before anything heavy starts."""
+        self.engine.check_available()
+        if stage == "fit":
+            self._check_batch_sizes()
+        if not self._rewards:
+            combine_rewards({}, {})
+        if self._tokenizer is None:
+            self._load_tokenizer()
+        context = self._context_tokens()
+        if stage == "fit" and not self._rows:
+            self._rows = self._encode(self.prompts.load(), self.sampling.max_tokens, context, "data.prompts")
+        if self.val_prompts is not None and not self._val_rows:
+            rows = self.val_prompts.load()
+            self._val_rows = self._encode(rows, self.val_sampling.max_tokens, context, "data.val_prompts")
+        if stage == "validate" and self.val_prompts is None:
+            raise ValueError("`data.val_prompts` must be set to validate")
+
+    def _check_batch_sizes(self) -> None:
+        ranks, micro_batches = self._trainer.world_size, self._num_micro_batches
+        if self.num_prompts % ranks:
+            raise ValueError(f"`data.num_prompts` {self.num_prompts} must be a multiple of the {ranks} ranks")
+        samples = self.num_prompts * self.group_size // ranks
+        if samples % micro_batches:
+            raise ValueError(
+                f"`data.num_prompts` x `data.group_size` = {samples} completions on each of {ranks} ranks cannot be "
+                f"split evenly into `data.num_updates` {self.num_updates} x `trainer.accumulate_grad_batches` "
+                f"{micro_batches // self.num_updates} = {micro_batches} micro-batches"
+            )
+        rank_zero_info(
+            f"Rollout: {self.num_prompts} prompts x {self.group_size} samples = {samples * ranks} completions -> "
+            f"{self.num_updates} updates of {samples * ranks // self.num_updates}, each in "
+            f"{micro_batches // self.num_updates} micro-batches of {samples // micro_batches} on {ranks} rank(s)"
+        )
+
+    def _load_tokenizer(self) -> None:
+        from transformers import AutoTokenizer, GenerationConfig
+
+        self._tokenizer = AutoTokenizer.from_pretrained(self.model_name, trust_remote_code=self.trust_remote_code)
+        stop = {self._tokenizer.eos_token_id}
+        try:
+            configured = GenerationConfig.from_pretrained(self.model_name).eos_token_id
+        except OSError:  # a model without generation_config.json stops at the tokenizer's token alone
+            configured = None
+        stop |= set(configured if isinstance(configured, list) else [configured])
+        self._stop_token_ids = sorted(token for token in stop if token is not None)
+        if not self._stop_token_ids:
+            raise ValueError(f"`model` {self.model_name!r} has no end-of-sequence token: no completion would ever end")
+
+    def _context_tokens(self) -> int:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.model_name, trust_remote_code=self.trust_remote_code)
+        own = int(config.get_text_config().max_position_embeddings)
+        return min(own, self.engine.max_context_tokens or own)
+
+    def _encode(self, rows: Sequence[dict[str, Any]], max_tokens: int, context: int, key: str) -> list[dict[str, Any]]:
+        """Adds `prompt_ids`, and `prompt` as the text that the model sees, to every row."""
+        texts = [self._prompt_text(row["prompt"]) for row in rows]
+        special = [isinstance(row["prompt"], str) and self.prompt_format == "raw" for row in rows]
+        encoded = []
+        for i, (row, text, add_special) in enumerate(zip(rows, texts, special, strict=True)):
+            # A chat template writes its special tokens itself.
+            ids = self._tokenizer(text, add_special_tokens=add_special).input_ids
+            if not ids:
+                raise ValueError(f"`{key}`: prompt {i} has no tokens: {text!r}")
+            if len(ids) + max_tokens > context:
+                raise ValueError(
+                    f"`{key}`: prompt {i} has {len(ids)} tokens and may be continued by {max_tokens} "
+                    f"(`sampling.max_tokens`), more than the context of {context}: shorten or remove it, or lower "
+                    f"`sampling.max_tokens`. It starts with {text[:60]!r}"
+                )
+            encoded.append({**row, "prompt": text, "prompt_ids": ids})
+        return encoded
+
+    def _prompt_text(self, prompt: str | list[dict[str, str]]) -> str:
+        if isinstance(prompt, str) and self.prompt_format == "raw":
+            return prompt
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if self.system_prompt is not None:
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        if self._tokenizer.chat_template is None:
+            raise ValueError(f"`model` {self.model_name!r} has no chat template; set `data.prompt_format: raw`")
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    @property
+    def tokenizer(self) -> Any:  # noqa: ANN401
+        """The policy's tokenizer; None before `setup`."""
+        return self._tokenizer
+
+    @property
+    def _trainer(self) -> Any:  # noqa: ANN401
+        assert self.trainer is not None, "the data module needs a trainer"
+        return self.trainer
+
+    @property
+    def _rewards(self) -> list[Reward]:
+        return [callback for callback in self._trainer.callbacks if isinstance(callback, Reward)]
+
+    @property
+    def _hooks(self) -> list[RolloutHooks]:
+        return [callback for callback in self._trainer.callbacks if isinstance(callback, RolloutHooks)]
+
+    @property
+    def _num_micro_batches(self) -> int:
+        """Micro-batches of a rollout on each rank."""
+        return self.num_updates * int(self._trainer.accumulate_grad_batches)
+
+    # ---------------------------------------------------------------- engine
+
+    def refresh_engine(self) -> None:
+        """Gives the engine the trainer's current weights, starting it if need be. Collective over ranks.
+
+        Raises:
+            EngineError: if the engine does not start or take the weights.
+            ValueError: if the weights do not fit the engine's model, or one is NaN or infinite.
+        """
+        source = self._trainer.lightning_module
+        if not isinstance(source, WeightSource):
+            raise TypeError(f"the LightningModule must be a `WeightSource`, got {type(source).__name__}")
+        if self.engine.is_started:
+            self.engine.wake()
+        else:
+            self._expected_weights = model_weight_shapes(self.model_name, trust_remote_code=self.trust_remote_code)
+            self.engine.start(
+                self.model_name,
+                device=self._trainer.strategy.root_device,
+                num_ranks=self._trainer.world_size,
+                seed=self.seed + self._trainer.global_rank,
+            )
+        started = time.perf_counter()
+        check_weights(source.weight_shapes(), self._expected_weights)
+        if not source.weights_are_finite():
+            raise ValueError(
+                "a weight of the policy is NaN or infinite: it is not sent to the engine, whose cache would keep the "
+                "damage. Lower the learning rate, or clip gradients (`trainer.gradient_clip_val`)"
+            )
+        self.engine.load_weights(source.named_weights())
+        self.phase_seconds["sync"] = time.perf_counter() - started
+        for hook in self._hooks:
+            hook.on_engine_refresh(self._trainer, source, self.engine)
+
+    def teardown(self, stage: str) -> None:  # noqa: ARG002
+        """Ends the engine."""
+        self.engine.close()
+
+    def on_exception(self, exception: BaseException) -> None:  # noqa: ARG002
+        """Ends the engine, also on Ctrl-C."""
+        self.engine.close()
+
+    # ---------------------------------------------------------------- rollouts
+
+    def train_dataloader(self) -> "RolloutLoader":
+        """The micro-batches of one rollout after the other."""
+        return RolloutLoader(self)
+
+    def val_dataloader(self) -> "ValidationLoader | list[Any]":
+        """The scored completions of the validation prompts, as one batch."""
+        return ValidationLoader(self) if self.val_prompts is not None else []
+
+    def next_rollout(self) -> None:
+        """Synchronises the engine, samples and scores the next rollout."""
+        module = self._trainer.lightning_module
+        for hook in self._hooks:
+            hook.on_rollout_start(self._trainer, module)
+        self.refresh_engine()
+        per_rank = self.num_prompts // self._trainer.world_size
+        first = self.iteration * self.num_prompts + self._trainer.global_rank * per_rank
+        numbers = [self._prompt_number(i) for i in range(first, first + per_rank)]
+        self.rollout = self._sample([self._rows[n] for n in numbers], numbers, self.sampling, self.group_size)
+        self.engine.sleep()
+        self.iteration += 1
+        self._position = 0
+        for hook in self._hooks:
+            hook.on_rollout_end(self._trainer, module, self.rollout)
+
+    def validation_rollout(self) -> Rollout:
+        """Samples and scores this rank's validation prompts with the current weights."""
+        self.refresh_engine()
+        numbers = list(range(self._trainer.global_rank, len(self._val_rows), self._trainer.world_size))
+        rows = [self._val_rows[n] for n in numbers]
+        rollout = self._sample(rows, numbers, self.val_sampling, self.val_num_samples, is_validation=True)
+        self.engine.sleep()
+        return rollout
+
+    def _prompt_number(self, position: int) -> int:
+        """Which prompt stands at a position of the endless stream of shuffled passes over the data set."""
+        epoch, place = divmod(position, len(self._rows))
+        order = torch.Generator().manual_seed(_hash(self.seed, "prompts", epoch))
+        return int(torch.randperm(len(self._rows), generator=order)[place])
+
+    def _sample(
+        self,
+        rows: list[dict[str, Any]],
+        numbers: list[int],
+        sampling: Sampling,
+        num_samples: int,
+        *,
+        is_validation: bool = False,
+    ) -> Rollout:
+        """Samples completions of some prompts, decodes and scores them."""
+        seeded = self.seeded_requests
+        if seeded is None:
+            seeded = self._trainer.strategy.root_device.type == "cpu"
+        moment = "validation" if is_validation else self.iteration
+        started = time.perf_counter()
+        groups = self.engine.generate(
+            [row["prompt_ids"] for row in rows],
+            sampling,
+            num_samples=num_samples,
+            stop_token_ids=self._stop_token_ids,
+            seeds=[_hash(self.seed, moment, n) for n in numbers] if seeded else None,
+        )
+        self.phase_seconds["generate"] = time.perf_counter() - started
+        completions = [completion for group in groups for completion in group]
+        if len(completions) != len(rows) * num_samples:
+            raise EngineError(f"the engine returned {len(completions)} completions for {len(rows) * num_samples}")
+        repeated = [row for row in rows for _ in range(num_samples)]
+        texts = self._tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+        columns = sorted(set().union(*rows) - {"prompt", "prompt_ids"})
+        batch = RewardBatch(
+            prompts=[row["prompt"] for row in repeated],
+            completions=texts,
+            completion_ids=[completion.token_ids for completion in completions],
+            finish_reasons=[completion.finish_reason for completion in completions],
+            columns={name: [row.get(name) for row in repeated] for name in columns},
+        )
+        started = time.perf_counter()
+        parts = score_rewards(self._rewards, batch)
+        self.phase_seconds["reward"] = time.perf_counter() - started
+        return Rollout(
+            prompts=list(batch.prompts),
+            prompt_ids=[row["prompt_ids"] for row in repeated],
+            completions=completions,
+            texts=texts,
+            columns={name: list(values) for name, values in batch.columns.items()},
+            group_size=num_samples,
+            rewards=combine_rewards(parts, {reward.name: reward.weight for reward in self._rewards}),
+            reward_parts=parts,
+        )
+
+    def micro_batches(self, rollout: Rollout, num_batches: int) -> list[RolloutBatch]:
+        """Splits a rollout at random into its micro-batches and counts every update's tokens. Collective.
+
+        Args:
+            rollout: this rank's rollout.
+            num_batches: how many of the micro-batches will be trained on; an update at the end may be incomplete.
+        """
+        generator = torch.Generator().manual_seed(_hash(self.seed, "split", self.iteration, self._trainer.global_rank))
+        chunks = torch.randperm(len(rollout), generator=generator).chunk(self._num_micro_batches)[:num_batches]
+        window = int(self._trainer.accumulate_grad_batches)
+        lengths = torch.tensor([len(completion.token_ids) for completion in rollout.completions])
+        counts = torch.tensor([[int(lengths[rows].sum()), len(rows)] for rows in chunks], dtype=torch.float64)
+        updates = torch.stack([counts[i : i + window].sum(0) for i in range(0, len(counts), window)])
+        device = self._trainer.strategy.root_device
+        totals = self._trainer.strategy.reduce(updates.to(device), reduce_op="sum").long().tolist()
+        advantages = group_advantages(rollout.rewards, rollout.group_size, kind=self.advantage)
+        pad = self._tokenizer.pad_token_id
+        return [
+            RolloutBatch.collate(
+                rollout,
+                rows.tolist(),
+                advantages,
+                pad_token_id=self._stop_token_ids[0] if pad is None else pad,
+                num_update_tokens=totals[i // window][0],
+                num_update_sequences=totals[i // window][1],
+                temperature=self.sampling.temperature,
+            )
+            for i, rows in enumerate(chunks)
+        ]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:  # noqa: ANN401
+        """Moves tensors; scored validation completions are read on the host."""
+        if isinstance(batch, ValidationBatch):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration, and the rollout in use with the position in it, of every rank. Collective over ranks."""
+        in_use = self.rollout is not None and 0 < self._position < self._num_micro_batches
+        mine = {
+            "iteration": self.iteration,
+            "position": self._position,
+            "rollout": asdict(self.rollout) if in_use and self.rollout is not None else None,
+        }
+        ranks: list[Any] = [mine]
+        if self._trainer.world_size > 1:
+            ranks = [None] * self._trainer.world_size
+            torch.distributed.all_gather_object(ranks, mine)
+        return {"ranks": ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up this rank's part of `state_dict`."""
+        ranks = state_dict["ranks"]
+        if len(ranks) != self._trainer.world_size:
+            raise ValueError(
+                f"the checkpoint is of {len(ranks)} ranks and this run has {self._trainer.world_size}: "
+                "resume it with as many"
+            )
+        mine = ranks[self._trainer.global_rank]
+        self.iteration, self._position = mine["iteration"], mine["position"]
+        self.rollout = None if mine["rollout"] is None else _rollout_from_state(mine["rollout"])
+        self._resumed = self.rollout is not None
+
+
+class RolloutLoader:
+    """Yields the micro-batches of a new rollout each time it is iterated over.
+
+    It has a length, since Lightning fetches ahead from a loader without one, and would make the next rollout before
+    the last update on this one. Nothing runs before the first batch is asked for.
+    """
+
+    def __init__(self, data: RolloutDataModule) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return self.data._num_micro_batches
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        data = self.data
+        resumed, data._resumed = data._resumed, False
+        if not resumed:
+            data.next_rollout()
+        assert data.rollout is not None
+        limit = data._trainer.num_training_batches
+        batches = data.micro_batches(data.rollout, min(len(self), int(limit) if limit != float("inf") else len(self)))
+        while data._position < len(batches):
+            data._position += 1  # before the batch is given away: what stands after the last `yield` never runs
+            yield batches[data._position - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the state is the data module's, which Lightning restores at the end of an epoch too."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore, see `state_dict`."""
+
+
+class ValidationLoader:
+    """Yields the scored completions of all validation prompts as one batch."""
+
+    def __init__(self, data: RolloutDataModule) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[ValidationBatch]:
+        yield ValidationBatch(self.data.validation_rollout())
+
+
+def _hash(*parts: object) -> int:
+    """A number below 2^62 made of some values: a seed that differs wherever one of them does."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2
+
+
+def _rollout_from_state(state: dict[str, Any]) -> Rollout:
+    completions = [Completion(**completion) for completion in state["completions"]]
+    return Rollout(**{**state, "completions": completions})

@@ -1,0 +1,24 @@
+"""One way to log: every scalar stands at the number of optimizer steps completed."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+def log_metrics(trainer: "Trainer", pl_module: "LightningModule", metrics: Mapping[str, float]) -> None:
+    """Logs values that are the same on every rank, at the optimizer steps completed so far.
+
+    `LightningModule.log` puts epoch ends one step lower and says nothing during the validation before the first
+    update. The values are also Lightning's callback metrics, for `ModelCheckpoint`, `EarlyStopping` and the like.
+
+    Args:
+        trainer: the trainer; its loggers are written to, on rank 0.
+        pl_module: the module whose hook is running.
+        metrics: values by name.
+    """
+    values = {name: float(value) for name, value in metrics.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
+    pl_module.log_dict(values, logger=False, batch_size=1)

@@ -1,0 +1,93 @@
+"""Means, maxima and histograms over completion tokens."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from drpo_lightning.metrics.packed import PackedMetric
+
+
+class Histogram(NamedTuple):
+    """Counts between fixed edges; what lies outside counts in the first or last bin.
+
+    Attributes:
+        edges: bin edges in ascending order, one more than there are bins.
+        counts: tokens per bin.
+        total: sum of the values.
+        total_squares: sum of the squared values.
+    """
+
+    edges: Tensor
+    counts: Tensor
+    total: float
+    total_squares: float
+
+
+class TokenStatistics(PackedMetric):
+    """Means, maxima and histograms of per-token values over the tokens that a mask selects.
+
+    A token counts once, whatever micro-batch or rank it is in. NaN values are left out.
+
+    Args:
+        means: names of values whose mean is asked.
+        maxima: names of values whose maximum is asked.
+        histograms: bin edges by name of the value.
+    """
+
+    def __init__(
+        self,
+        means: Sequence[str] = (),
+        maxima: Sequence[str] = (),
+        histograms: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._means, self._maxima = list(means), list(maxima)
+        self._edges = {name: edges.double() for name, edges in (histograms or {}).items()}
+        bins = sum(len(edges) + 1 for edges in self._edges.values())
+        super().__init__(2 * len(self._means) + bins, len(self._maxima))
+
+    def update(self, values: Mapping[str, Tensor], mask: Tensor, subsets: Mapping[str, Tensor] | None = None) -> None:
+        """Adds one micro-batch.
+
+        Args:
+            values: per-token values by name, all of one shape.
+            mask: True on the tokens that count.
+            subsets: for a mean, a narrower mask than `mask`, by name of the value.
+        """
+        subsets = subsets or {}
+        parts: list[Tensor] = []
+        for name in self._means:
+            chosen = _chosen(values[name], mask & subsets[name] if name in subsets else mask)
+            parts.append(torch.stack([chosen.sum(), chosen.new_tensor(chosen.numel())]))
+        for name, edges in self._edges.items():
+            chosen = _chosen(values[name], mask)
+            inner = edges[1:-1].to(chosen.device)
+            counts = torch.bincount(torch.bucketize(chosen, inner, right=True), minlength=len(edges) - 1)
+            parts += [counts.double(), torch.stack([chosen.sum(), chosen.square().sum()])]
+        if parts:
+            self.sums += torch.cat(parts)
+        for i, name in enumerate(self._maxima):
+            chosen = _chosen(values[name], mask)
+            if chosen.numel():
+                self.maxima[i] = torch.maximum(self.maxima[i], chosen.max())
+
+    def compute(self) -> tuple[dict[str, float], dict[str, Histogram]]:
+        """Scalars, `<name>` for means and `<name>_max` for maxima, and histograms; without tokens they are missing."""
+        sums, maxima = self.sums.tolist(), self.maxima.tolist()
+        scalars = {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(self._means) if sums[2 * i + 1] > 0}
+        scalars |= {
+            f"{name}_max": value for name, value in zip(self._maxima, maxima, strict=True) if value > -torch.inf
+        }
+        histograms, start = {}, 2 * len(self._means)
+        for name, edges in self._edges.items():
+            end = start + len(edges) - 1
+            histograms[name] = Histogram(edges, torch.tensor(sums[start:end]), sums[end], sums[end + 1])
+            start = end + 2
+        return scalars, histograms
+
+
+def _chosen(values: Tensor, mask: Tensor) -> Tensor:
+    """The values under a mask, without NaN, as float64."""
+    chosen = values[mask].double()
+    return chosen[~chosen.isnan()]

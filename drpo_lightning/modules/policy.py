@@ -1,0 +1,293 @@
+"""The LightningModule: owns the policy, its objective and its optimizer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import torch
+from jaxtyping import Bool, Float, Int
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from drpo_lightning.batch import RolloutBatch, Sampling, ValidationBatch
+from drpo_lightning.functional.aggregation import aggregate_loss
+from drpo_lightning.logs import log_metrics
+from drpo_lightning.metrics import ValidationStatistics
+from drpo_lightning.modules.policy_network import PolicyNetwork
+from drpo_lightning.objectives import DRPO, Objective, ObjectiveOutput
+from drpo_lightning.rollout.weights import WeightSource
+
+Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+PROVIDED_INPUTS = {"sequence_ids"}
+"""Optional inputs of objectives that `training_step` provides."""
+
+
+class StepOutput(TypedDict):
+    """What `training_step` returns; callbacks get it in `on_train_batch_end`.
+
+    Keys:
+        loss: what is differentiated: the micro-batch's share in the update's loss, times the number of ranks and
+            micro-batches that Lightning divides by.
+        policy_logprobs: log pi `[batch, seq]`, detached.
+        objective: the objective's per-token results, detached.
+    """
+
+    loss: Tensor
+    policy_logprobs: Tensor
+    objective: ObjectiveOutput
+
+
+class PolicyModule(LightningModule, WeightSource):
+    """Trains a causal language model by a policy objective on `RolloutBatch`es.
+
+    One `training_step` is one micro-batch; `trainer.accumulate_grad_batches` of them make an optimizer update. The
+    loss is normalised over the whole update, all its micro-batches and ranks.
+
+    Args:
+        model: folder or name on the Hugging Face hub of any `AutoModelForCausalLM`.
+        objective: what is maximised.
+        optimizer: makes the optimizer from the parameters.
+        lr_scheduler: makes the schedule from the optimizer; it advances with every optimizer step.
+        aggregation: how per-token losses become one number, see `drpo_lightning.functional.AGGREGATIONS`.
+        horizon: tokens that `seq_mean_token_sum_norm` divides by; the paper takes 8192.
+        temperature: temperature of the policy, that of the sampling. The command line takes it from there.
+        gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
+        logprob_chunk_size: tokens whose logits exist at a time.
+        pass_threshold: reward from which on a validation sample counts as passed.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        ValueError: if the folder holds no model, or a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        objective: Objective = DRPO(),  # noqa: B008 - frozen
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.01),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        aggregation: Aggregation = "token_mean",
+        horizon: int | None = None,
+        temperature: float = 1.0,
+        gradient_checkpointing: bool = False,
+        logprob_chunk_size: int = 1024,
+        pass_threshold: float = 1.0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        check_model_folder(model)
+        if aggregation == "seq_mean_token_sum_norm" and (horizon is None or horizon < 1):
+            raise ValueError(
+                f"`model.horizon` must be positive for `seq_mean_token_sum_norm`, in tokens, got {horizon}; "
+                "the paper takes 8192"
+            )
+        objective.check_inputs(PROVIDED_INPUTS)
+        self.model_name = model
+        self.objective = objective
+        self.make_optimizer = optimizer
+        self.make_lr_scheduler = lr_scheduler
+        self.aggregation = aggregation
+        self.horizon = horizon
+        self.temperature = temperature
+        self.gradient_checkpointing = gradient_checkpointing
+        self.logprob_chunk_size = logprob_chunk_size
+        self.trust_remote_code = trust_remote_code
+        self.validation_statistics = ValidationStatistics(pass_threshold)
+        self.network: PolicyNetwork | None = None
+        self._update_loss = 0.0
+        self._grad_norm = float("nan")
+        self._logged_step = 0
+
+    def setup(self, stage: str) -> None:
+        """Checks that the policy is trained on the distribution that is sampled from."""
+        sampling = getattr(getattr(self.trainer, "datamodule", None), "sampling", None)
+        if stage == "fit" and sampling is not None:
+            check_sampling(sampling, self.objective, self.temperature)
+        if stage == "fit":
+            rank_zero_info(f"Objective: {self.objective.describe()}")
+
+    def configure_model(self) -> None:
+        """Loads the policy, in float32 whatever the checkpoint holds: small updates round away in bfloat16."""
+        if self.network is not None:
+            return
+        from transformers import AutoModelForCausalLM
+
+        language_model = AutoModelForCausalLM.from_pretrained(
+            self.model_name, dtype=torch.float32, trust_remote_code=self.trust_remote_code
+        )
+        # `eval` switches dropout off, under which pi would differ from mu by noise; checkpointing needs `train`.
+        language_model.train(self.gradient_checkpointing)
+        if self.gradient_checkpointing:
+            for layer in language_model.modules():
+                if isinstance(layer, torch.nn.Dropout):
+                    layer.p = 0.0
+            language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.network = PolicyNetwork(language_model, temperature=self.temperature, chunk_size=self.logprob_chunk_size)
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401
+        """The optimizer, and its schedule by optimizer steps."""
+        optimizer = self.make_optimizer(self.parameters())
+        if self.make_lr_scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_train_start(self) -> None:
+        """Warns of parameters whose precision is too coarse for the learning rate."""
+        for group in self.trainer.optimizers[0].param_groups:
+            lost = fraction_rounded_away(group["params"], group["lr"])
+            if lost > 0.1:
+                rank_zero_warn(
+                    f"`model.optimizer` lr {group['lr']:g} is too small for parameters in bfloat16: an Adam update "
+                    f"of that size leaves {lost:.0%} of them unchanged. Set `trainer.precision` to 32-true or "
+                    "bf16-mixed, which keep the parameters in float32"
+                )
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Bool[Tensor, "batch seq"],
+        completion_mask: Bool[Tensor, "batch seq"],
+    ) -> Float[Tensor, "batch seq"]:
+        """log pi of completion tokens, see `PolicyNetwork.forward`."""
+        assert self.network is not None, "configure_model comes first"
+        return self.network(input_ids, attention_mask, completion_mask)  # type: ignore[no-any-return]
+
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> StepOutput:  # noqa: ARG002
+        """Loss of one micro-batch."""
+        policy_logprobs = self(batch.input_ids, batch.attention_mask, batch.completion_mask)
+        rows = torch.arange(len(batch.input_ids), device=self.device)[:, None].expand_as(batch.input_ids)
+        output = self.objective(
+            policy_logprobs,
+            batch.rollout_logprobs,
+            batch.advantages,
+            batch.completion_mask,
+            sequence_ids=rows,
+        )
+        share = aggregate_loss(
+            output.loss,
+            batch.completion_mask,
+            kind=self.aggregation,
+            num_tokens=batch.num_update_tokens,
+            num_sequences=batch.num_update_sequences,
+            horizon=self.horizon,
+        )
+        self._update_loss += share.detach()
+        # Ranks are averaged and Lightning divides by the micro-batches, of an incomplete last window too.
+        scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return StepOutput(
+            loss=share * scale,
+            policy_logprobs=policy_logprobs.detach(),
+            objective=output._replace(loss=output.loss.detach()),
+        )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips, and keeps the norm of the gradient before clipping."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:  # noqa: ANN401, ARG002
+        """Logs the optimizer update that has just been completed, if one has."""
+        if self.trainer.global_step == self._logged_step:
+            return
+        self._logged_step = self.trainer.global_step
+        loss = self.trainer.strategy.reduce(torch.as_tensor(self._update_loss, device=self.device), reduce_op="sum")
+        self._update_loss = 0.0
+        if self._logged_step % self.trainer.log_every_n_steps == 0:
+            metrics = {
+                "optim/loss": float(loss),
+                "optim/grad_norm": self._grad_norm,
+                "optim/learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+            }
+            log_metrics(self.trainer, self, metrics)
+
+    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:  # noqa: ARG002
+        """Counts the scored completions of validation prompts."""
+        self.validation_statistics.update(batch.rollout)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs mean reward and pass@k, also of the validation before the first update."""
+        log_metrics(self.trainer, self, {f"val/{k}": v for k, v in self.validation_statistics.compute().items()})
+        self.validation_statistics.reset()
+
+    def weight_shapes(self) -> dict[str, torch.Size]:
+        """See `WeightSource`."""
+        return {name: tensor.shape for name, tensor in self._language_model.state_dict().items()}
+
+    def weights_are_finite(self) -> bool:
+        """See `WeightSource`."""
+        finite = torch.stack([_local(p).isfinite().all() for p in self._language_model.parameters()]).all()
+        return bool(self.trainer.strategy.reduce(finite.float(), reduce_op="sum") == self.trainer.world_size)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `WeightSource`; sharded tensors are gathered one at a time."""
+        for name, tensor in self._language_model.state_dict().items():
+            yield name, (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+    @property
+    def _language_model(self) -> Any:  # noqa: ANN401
+        assert self.network is not None, "configure_model comes first"
+        return self.network.language_model
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes which model the weights belong to, for `drpo export`."""
+        checkpoint["policy"] = {"model": self.model_name, "trust_remote_code": self.trust_remote_code}
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's shard of a parameter."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[no-any-return]
+
+
+def check_model_folder(model: str) -> None:
+    """Raises `ValueError` if `model` is a folder without a model in it, or looks like a path and is none."""
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+            raise ValueError(f"`model` {model!r} is no folder; a name on the Hugging Face hub is written `owner/name`")
+        return
+    if not (path / "config.json").is_file():
+        raise ValueError(f"`model` {model!r} has no config.json: it is no folder of a transformers model")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+        raise ValueError(f"`model` {model!r} has no weights: no *.safetensors or pytorch_model*.bin in it")
+
+
+def check_sampling(sampling: Sampling, objective: Objective, temperature: float) -> None:
+    """Checks that mu, the distribution that is sampled from, is one that pi can be compared with.
+
+    Raises:
+        ValueError: if not, naming the setting.
+    """
+    if sampling.temperature == 0:
+        raise ValueError(
+            "`data.sampling.temperature` must be positive in training, got 0: greedy samples teach nothing"
+        )
+    if sampling.temperature != temperature:
+        raise ValueError(
+            f"`model.temperature` {temperature} must equal `data.sampling.temperature` {sampling.temperature}: "
+            "pi is compared with the distribution that was sampled from"
+        )
+    if objective.uses_importance_ratio and not sampling.is_full_distribution:
+        raise ValueError(
+            f"`data.sampling` top_p={sampling.top_p}, top_k={sampling.top_k} renormalises mu to a part of the "
+            f"vocabulary, and {type(objective).__name__} divides by it; set top_p: 1.0 and top_k: 0"
+        )
+
+
+@torch.no_grad()
+def fraction_rounded_away(parameters: list[Tensor], step: float) -> float:
+    """Share of bfloat16 parameters that do not change when `step` is added; 0 without such parameters."""
+    coarse = [_local(p).flatten()[:10_000] for p in parameters if p.dtype == torch.bfloat16]
+    if not coarse:
+        return 0.0
+    values = torch.cat(coarse)
+    return (values + step == values).float().mean().item()

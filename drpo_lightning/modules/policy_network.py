@@ -1,0 +1,81 @@
+"""A causal language model seen as a policy: tokens in, logprobs of those tokens out."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from drpo_lightning.functional.logprobs import linear_token_logprobs
+
+
+class PolicyNetwork(nn.Module):
+    """Logprobs of completion tokens under a causal language model at a temperature.
+
+    Everything that touches the weights goes through `forward`, as FSDP wants it.
+
+    Args:
+        language_model: any `AutoModelForCausalLM`.
+        temperature: sampling temperature that the logits are divided by.
+        chunk_size: tokens whose logits exist at a time.
+    """
+
+    def __init__(self, language_model: Any, *, temperature: float = 1.0, chunk_size: int = 1024) -> None:  # noqa: ANN401
+        super().__init__()
+        self.language_model = language_model
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+        self._head_is_linear = _head_is_linear(language_model)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Bool[Tensor, "batch seq"],
+        completion_mask: Bool[Tensor, "batch seq"],
+    ) -> Float[Tensor, "batch seq"]:
+        """log pi of each completion token given what stands before it.
+
+        Args:
+            input_ids: token ids, padded on the right.
+            attention_mask: False on padding.
+            completion_mask: True on the tokens whose logprob is asked; the first of a row cannot be.
+
+        Returns:
+            Logprobs in nats, float32, aligned with `input_ids`; 0 outside `completion_mask`.
+        """
+        asked = completion_mask.clone()
+        asked[:, 0] = False
+        predicts = asked[:, 1:]
+        targets = input_ids[:, 1:][predicts]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
+        if self._head_is_linear:
+            hidden = self.language_model.base_model(**inputs).last_hidden_state[:, :-1][predicts]
+            head = self.language_model.get_output_embeddings()
+            logprobs = linear_token_logprobs(
+                hidden,
+                head.weight,
+                targets,
+                bias=head.bias,
+                temperature=self.temperature,
+                chunk_size=self.chunk_size,
+            )
+        else:
+            logits = self.language_model(**inputs).logits[:, :-1][predicts].float() / self.temperature
+            logprobs = -F.cross_entropy(logits, targets, reduction="none")
+        return torch.zeros_like(input_ids, dtype=torch.float32).masked_scatter(asked, logprobs)
+
+
+@torch.no_grad()
+def _head_is_linear(language_model: Any) -> bool:  # noqa: ANN401
+    """True if the model's logits are its last hidden states times the head: no soft cap, no scaling.
+
+    Tried on a few tokens rather than read from the configuration, whose names for it differ by architecture.
+    """
+    head = language_model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return False
+    input_ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
+    hidden = language_model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    logits = language_model(input_ids=input_ids, use_cache=False).logits
+    return torch.allclose(F.linear(hidden, head.weight, head.bias), logits, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,170 @@
+"""The data that travels."""
+
+import jaxtyping
+import pytest
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
+
+from drpo_lightning.batch import Completion, Rollout, RolloutBatch, Sampling
+
+TENSORS = ("input_ids", "attention_mask", "completion_mask", "rollout_logprobs", "advantages")
+
+
+@pytest.fixture
+def unchecked_hints(monkeypatch):
+    """The package as a user runs it: types of arguments are not checked by the test runner."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def rollout():
+    completions = [
+        Completion([5, 6, 2], [-0.1, -0.2, -0.3], "stop"),
+        Completion([7], [-0.4], "length"),
+        Completion([], [], "length"),
+        Completion([8, 2], [-0.5, -0.6], "stop"),
+    ]
+    return Rollout(
+        prompts=["a", "a", "b", "b"],
+        prompt_ids=[[11, 12], [11, 12], [13], [13]],
+        completions=completions,
+        texts=["x", "y", "", "z"],
+        columns={"answer": [1, 1, 2, 2]},
+        group_size=2,
+        rewards=torch.tensor([1.0, 0.0, 0.5, 0.25]),
+    )
+
+
+def collate(rows):
+    return RolloutBatch.collate(
+        rollout(),
+        rows,
+        torch.tensor([1.0, -1.0, 2.0, -2.0]),
+        pad_token_id=99,
+        num_update_tokens=6,
+        num_update_sequences=4,
+        temperature=0.7,
+    )
+
+
+def square(size=3, **changes):
+    tensors = {
+        "input_ids": torch.ones(size, size, dtype=torch.long),
+        "attention_mask": torch.ones(size, size, dtype=torch.bool),
+        "completion_mask": torch.ones(size, size, dtype=torch.bool),
+        "rollout_logprobs": torch.zeros(size, size),
+        "advantages": torch.zeros(size, size),
+    }
+    return RolloutBatch(**(tensors | changes), num_update_tokens=9, num_update_sequences=3)
+
+
+def test_collate_worked_by_hand():
+    batch = collate([0, 1, 3])
+    t, f = True, False
+    assert batch.input_ids.tolist() == [[11, 12, 5, 6, 2], [11, 12, 7, 99, 99], [13, 8, 2, 99, 99]]
+    assert batch.attention_mask.tolist() == [[t, t, t, t, t], [t, t, t, f, f], [t, t, t, f, f]]
+    assert batch.completion_mask.tolist() == [[f, f, t, t, t], [f, f, t, f, f], [f, t, t, f, f]]
+    expected = torch.tensor([[0, 0, -0.1, -0.2, -0.3], [0, 0, -0.4, 0, 0], [0, -0.5, -0.6, 0, 0]])
+    assert torch.equal(batch.rollout_logprobs, expected)
+    assert batch.advantages.tolist() == [[0, 0, 1, 1, 1], [0, 0, -1, 0, 0], [0, -2, -2, 0, 0]]
+    assert (batch.num_update_tokens, batch.num_update_sequences, batch.temperature) == (6, 4, 0.7)
+
+
+def test_collate_keeps_the_order_of_rows_and_pads_to_the_longest_of_them():
+    batch = collate([3, 1])
+    assert batch.input_ids.tolist() == [[13, 8, 2], [11, 12, 7]]
+    assert batch.advantages.tolist() == [[0, -2, -2], [0, 0, -1]]
+
+
+def test_collate_of_an_empty_completion_has_no_completion_token():
+    batch = collate([2])
+    assert batch.input_ids.tolist() == [[13]]
+    assert batch.completion_mask.tolist() == [[False]]
+    assert batch.advantages.tolist() == batch.rollout_logprobs.tolist() == [[0.0]]
+
+
+def test_collated_tensors_have_the_types_that_a_model_takes():
+    batch = collate([0, 2])
+    assert [getattr(batch, name).dtype for name in TENSORS] == [
+        torch.int64,
+        torch.bool,
+        torch.bool,
+        torch.float32,
+        torch.float32,
+    ]
+
+
+@pytest.mark.parametrize("name", TENSORS[1:])
+@pytest.mark.usefixtures("unchecked_hints")
+def test_a_batch_long_tensor_raises_although_it_would_broadcast(name):
+    with pytest.raises(ValueError, match=rf"`{name}` must have the shape of `input_ids` \[3, 3\], got \[3\]"):
+        square(**{name: square().advantages[0].to(getattr(square(), name).dtype)})
+
+
+@pytest.mark.usefixtures("unchecked_hints")
+def test_shapes_that_would_broadcast_raise():
+    with pytest.raises(ValueError, match=r"`advantages` must have the shape of `input_ids` \[3, 3\], got \[3, 1\]"):
+        square(advantages=torch.zeros(3, 1))
+    with pytest.raises(ValueError, match=r"`input_ids` must be \[batch, seq\], got \[3\]"):
+        square(input_ids=torch.ones(3, dtype=torch.long))
+
+
+def test_lightning_moves_a_batch_to_a_device():
+    batch = collate([0, 1])
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert isinstance(moved, RolloutBatch)
+    assert {getattr(moved, name).device.type for name in TENSORS} == {"meta"}
+    assert {getattr(batch, name).device.type for name in TENSORS} == {"cpu"}
+    assert (moved.num_update_tokens, moved.num_update_sequences, moved.temperature) == (6, 4, 0.7)
+
+
+def test_lightning_applies_a_function_to_the_tensors_of_a_batch():
+    batch = collate([0, 1])
+    doubled = apply_to_collection(batch, torch.Tensor, lambda tensor: tensor * 2)
+    assert torch.equal(doubled.advantages, 2 * batch.advantages)
+    assert torch.equal(batch.advantages, collate([0, 1]).advantages)
+
+
+def test_rollout_counts_samples_tokens_and_groups():
+    assert len(rollout()) == 4
+    assert rollout().num_completion_tokens == 6
+    assert rollout().group_rewards.tolist() == [[1.0, 0.0], [0.5, 0.25]]
+
+
+def test_rollouts_do_not_share_their_reward_parts():
+    first, second = rollout(), rollout()
+    first.reward_parts["accuracy"] = torch.ones(4)
+    assert second.reward_parts == {}
+
+
+def test_a_completion_is_truncated_if_it_ended_by_length():
+    assert Completion([1], [-0.1], "length").is_truncated
+    assert not Completion([1], [-0.1], "stop").is_truncated
+
+
+def test_sampling_knows_whether_every_token_can_be_drawn():
+    assert Sampling().is_full_distribution
+    assert Sampling(temperature=0.5).is_full_distribution
+    assert not Sampling(top_p=0.9).is_full_distribution
+    assert not Sampling(top_k=20).is_full_distribution
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 0}, r"`sampling.max_tokens` must be at least 1, got 0"),
+        ({"temperature": -0.1}, r"`sampling.temperature` must be 0 or positive, got -0.1"),
+        ({"temperature": float("inf")}, r"`sampling.temperature` must be 0 or positive, got inf"),
+        ({"temperature": float("nan")}, r"`sampling.temperature` must be 0 or positive, got nan"),
+        ({"top_p": 0.0}, r"`sampling.top_p` must be in \(0, 1\], got 0.0"),
+        ({"top_p": 1.1}, r"`sampling.top_p` must be in \(0, 1\], got 1.1"),
+        ({"top_k": -1}, r"`sampling.top_k` must be 0 \(all tokens\) or positive, got -1"),
+    ],
+)
+def test_bad_sampling_settings_raise(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**settings)
+
+
+def test_sampling_bounds_are_accepted():
+    assert Sampling(max_tokens=1, temperature=0.0, top_p=1.0, top_k=0).max_tokens == 1
