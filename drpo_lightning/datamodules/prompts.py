@@ -85,7 +85,7 @@ def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
         try:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    rows.append((f"line {number}", json.loads(line)))  # noqa: PERF401 - the number is for the error
+                    rows.append((f"line {number}", json.loads(line)))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from error
         except UnicodeDecodeError as error:

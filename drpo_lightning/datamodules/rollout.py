@@ -106,6 +106,7 @@ class RolloutDataModule(LightningDataModule):
         self.phase_seconds: dict[str, float] = {}
         """What the last rollout took, in seconds: `sync`, `generate` and `reward`."""
         self._position = 0
+        self._order: tuple[int, list[int]] = (-1, [])
         self._resumed = False
         self._rows: list[dict[str, Any]] = []
         self._val_rows: list[dict[str, Any]] = []
@@ -303,8 +304,10 @@ class RolloutDataModule(LightningDataModule):
     def _prompt_number(self, position: int) -> int:
         """Which prompt stands at a position of the endless stream of shuffled passes over the data set."""
         epoch, place = divmod(position, len(self._rows))
-        order = torch.Generator().manual_seed(_hash(self.seed, "prompts", epoch))
-        return int(torch.randperm(len(self._rows), generator=order)[place])
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(_hash(self.seed, "prompts", epoch))
+            self._order = (epoch, torch.randperm(len(self._rows), generator=generator).tolist())
+        return self._order[1][place]
 
     def _sample(
         self,

@@ -33,6 +33,7 @@ class TokenStatistics(PackedMetric):
     Args:
         means: names of values whose mean is asked.
         maxima: names of values whose maximum is asked.
+        minima: names of values whose minimum is asked.
         histograms: bin edges by name of the value.
     """
 
@@ -40,12 +41,15 @@ class TokenStatistics(PackedMetric):
         self,
         means: Sequence[str] = (),
         maxima: Sequence[str] = (),
+        minima: Sequence[str] = (),
         histograms: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._means, self._maxima = list(means), list(maxima)
+        self._means = list(means)
+        # A minimum is the maximum of the negated values.
+        self._extremes = [(name, 1.0) for name in maxima] + [(name, -1.0) for name in minima]
         self._edges = {name: edges.double() for name, edges in (histograms or {}).items()}
         bins = sum(len(edges) + 1 for edges in self._edges.values())
-        super().__init__(2 * len(self._means) + bins, len(self._maxima))
+        super().__init__(2 * len(self._means) + bins, len(self._extremes))
 
     def update(self, values: Mapping[str, Tensor], mask: Tensor, subsets: Mapping[str, Tensor] | None = None) -> None:
         """Adds one micro-batch.
@@ -67,17 +71,17 @@ class TokenStatistics(PackedMetric):
             parts += [counts.double(), torch.stack([chosen.sum(), chosen.square().sum()])]
         if parts:
             self.sums += torch.cat(parts)
-        for i, name in enumerate(self._maxima):
+        for i, (name, sign) in enumerate(self._extremes):
             chosen = _chosen(values[name], mask)
             if chosen.numel():
-                self.maxima[i] = torch.maximum(self.maxima[i], chosen.max())
+                self.maxima[i] = torch.maximum(self.maxima[i], (sign * chosen).max())
 
     def compute(self) -> tuple[dict[str, float], dict[str, Histogram]]:
-        """Scalars, `<name>` for means and `<name>_max` for maxima, and histograms; without tokens they are missing."""
+        """Means, maxima and minima by name, and histograms; a name without tokens is missing."""
         sums, maxima = self.sums.tolist(), self.maxima.tolist()
         scalars = {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(self._means) if sums[2 * i + 1] > 0}
         scalars |= {
-            f"{name}_max": value for name, value in zip(self._maxima, maxima, strict=True) if value > -torch.inf
+            name: sign * value for (name, sign), value in zip(self._extremes, maxima, strict=True) if value > -torch.inf
         }
         histograms, start = {}, 2 * len(self._means)
         for name, edges in self._edges.items():

@@ -151,7 +151,7 @@ class PolicyModule(LightningModule, WeightSource):
         attention_mask: Bool[Tensor, "batch seq"],
         completion_mask: Bool[Tensor, "batch seq"],
     ) -> Float[Tensor, "batch seq"]:
-        """log pi of completion tokens, see `PolicyNetwork.forward`."""
+        """Log pi of completion tokens, see `PolicyNetwork.forward`."""
         assert self.network is not None, "configure_model comes first"
         return self.network(input_ids, attention_mask, completion_mask)  # type: ignore[no-any-return]
 

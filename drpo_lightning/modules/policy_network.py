@@ -34,7 +34,7 @@ class PolicyNetwork(nn.Module):
         attention_mask: Bool[Tensor, "batch seq"],
         completion_mask: Bool[Tensor, "batch seq"],
     ) -> Float[Tensor, "batch seq"]:
-        """log pi of each completion token given what stands before it.
+        """Log pi of each completion token given what stands before it.
 
         Args:
             input_ids: token ids, padded on the right.

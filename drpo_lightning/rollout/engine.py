@@ -29,11 +29,13 @@ class RolloutEngine(ABC):
     Attributes:
         cache_block_tokens: tokens of one block of the prefix cache; 0 without one.
         context_tokens: most tokens of a sequence; known once started.
+        dtype_name: precision of the engine's weights, `float32`, `bfloat16`, `fp8` and so on; known once started.
         max_context_tokens: most tokens of a sequence as configured; None leaves it to the model.
     """
 
     cache_block_tokens: int = 0
     context_tokens: int = 0
+    dtype_name: str = ""
     max_context_tokens: int | None = None
 
     def __init__(self, sleep: SleepMode = "auto") -> None:

@@ -31,7 +31,7 @@ class TransformersEngine(RolloutEngine):
         super().__init__(sleep)
         if max_batch_size < 1:
             raise ValueError(f"`max_batch_size` must be at least 1, got {max_batch_size}")
-        self.dtype = dtype
+        self.dtype_name = dtype
         self.max_batch_size = max_batch_size
         self.trust_remote_code = trust_remote_code
         self._model: Any = None
@@ -58,7 +58,7 @@ class TransformersEngine(RolloutEngine):
         self._device = device
         self.check_sleep()
         replica = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
+            model, dtype=getattr(torch, self.dtype_name), trust_remote_code=self.trust_remote_code
         )
         self.context_tokens = replica.config.get_text_config().max_position_embeddings
         self._generator = torch.Generator().manual_seed(seed)

@@ -119,7 +119,9 @@ class VLLMEngine(RolloutEngine):
                 _VLLM, (llm_kwargs,), _environment_of_engine(device, own_process=True), max(BUCKET_BYTES, largest)
             )
         try:
-            self.context_tokens, self.cache_block_tokens = self._call("limits", self.start_timeout_seconds)
+            self.context_tokens, self.cache_block_tokens, self.dtype_name = self._call(
+                "properties", self.start_timeout_seconds
+            )
         except EngineError:
             self.close()
             raise
@@ -209,11 +211,12 @@ class _VLLM:
 
             self._llm = LLM(**llm_kwargs)
 
-    def limits(self) -> tuple[int, int]:
-        """Tokens of the context and of one block of the prefix cache (0 if it is off)."""
+    def properties(self) -> tuple[int, int, str]:
+        """Tokens of the context, tokens of one block of the prefix cache (0 if it is off), and the precision."""
         config = self._llm.llm_engine.vllm_config
-        caching = config.cache_config.enable_prefix_caching
-        return config.model_config.max_model_len, config.cache_config.block_size if caching else 0
+        block = config.cache_config.block_size if config.cache_config.enable_prefix_caching else 0
+        precision = config.model_config.quantization or str(config.model_config.dtype).removeprefix("torch.")
+        return config.model_config.max_model_len, block, precision
 
     def generate(
         self,

@@ -1,5 +1,7 @@
 """The share of a micro-batch in the loss of an optimizer update."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,7 +56,7 @@ def test_shares_of_any_split_add_up_to_the_whole_in_value_and_gradient(kind, see
     total.backward()
     edges = [0, *sorted(cuts), 6]
     # equal neighbouring edges make a micro-batch without sequences
-    shares = [share(split[a:b], mask[a:b], kind, mask.sum(), 6) for a, b in zip(edges, edges[1:], strict=False)]
+    shares = [share(split[a:b], mask[a:b], kind, mask.sum(), 6) for a, b in pairwise(edges)]
     torch.stack(shares).sum().backward()
     torch.testing.assert_close(torch.stack(shares).sum(), total, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(split.grad, whole.grad, rtol=1e-5, atol=1e-7)

@@ -57,7 +57,7 @@ def make_tokens():
 
 @pytest.fixture(scope="session")
 def evaluate():
-    """One token's output as Python floats: loss, grad_coefficient, grad_weight, beyond_clamp, keep, and the gradient."""
+    """The output on one token as Python numbers, with the gradient of the objective as `grad`."""
 
     def on_one_token(objective, policy, rollout, advantage):
         logprobs = torch.tensor([policy], requires_grad=True)

@@ -15,14 +15,15 @@ DIVERGENCES = {"binary_tv": binary_tv_divergence, "binary_kl": binary_kl_diverge
 
 
 def reference_divergence(divergence, policy, rollout):
-    mu = math.exp(rollout)
-    log_ratio = min(max(policy - rollout, -20.0), 20.0)
-    pi = mu * math.exp(log_ratio)
+    """|pi - mu| or KL(Bern(mu) || Bern(pi)) of one token, log pi within 20 nats of log mu."""
+    policy = min(max(policy, rollout - 20), rollout + 20)
     if divergence == "binary_tv":
-        return abs(pi - mu)
-    if pi >= 1:
-        return math.inf if mu < 1 else 0.0
-    return -mu * log_ratio + ((1 - mu) * math.log((1 - mu) / (1 - pi)) if mu < 1 else 0.0)
+        return abs(math.exp(policy) - math.exp(rollout))
+    chosen = math.exp(rollout) * (rollout - policy)
+    rest_mu, rest_pi = -math.expm1(rollout), -math.expm1(policy)
+    if rest_mu == 0:
+        return chosen
+    return math.inf if rest_pi == 0 else chosen + rest_mu * math.log(rest_mu / rest_pi)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""Samples to read, in TensorBoard's text tab."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from drpo_lightning.batch import Rollout
+from drpo_lightning.callbacks.tensorboard import tensorboard_writers
+from drpo_lightning.rollout.hooks import RolloutHooks
+
+
+class CompletionLogger(Callback, RolloutHooks):
+    """Writes a table of prompts, completions and rewards of a rollout under the tag `completions`.
+
+    Args:
+        num_groups: prompts per table; all samples of each are shown.
+        every_n_rollouts: writes a table of every n-th rollout, the first included.
+        max_characters: longer prompts and completions are cut in the middle.
+    """
+
+    def __init__(self, num_groups: int = 2, every_n_rollouts: int = 10, max_characters: int = 1000) -> None:
+        for name, value in (("num_groups", num_groups), ("every_n_rollouts", every_n_rollouts)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        self.num_groups = num_groups
+        self.every_n_rollouts = every_n_rollouts
+        self.max_characters = max_characters
+        self._rollouts = 0
+
+    def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:  # noqa: ARG002
+        """Writes the table."""
+        is_due = self._rollouts % self.every_n_rollouts == 0
+        self._rollouts += 1
+        if is_due:
+            table = completion_table(rollout, self.num_groups * rollout.group_size, self.max_characters)
+            for writer in tensorboard_writers(trainer):
+                writer.add_text("completions", table, trainer.global_step)
+
+
+def completion_table(rollout: Rollout, num_rows: int, max_characters: int) -> str:
+    """A Markdown table of the first completions of a rollout."""
+    names = list(rollout.reward_parts)
+    header = ["prompt", "completion", "finish", "tokens", *names, "reward"]
+    lines = [" | ".join(header), " | ".join("---" for _ in header)]
+    for i in range(min(num_rows, len(rollout))):
+        completion = rollout.completions[i]
+        cells = [
+            _cell(rollout.prompts[i], max_characters),
+            _cell(rollout.texts[i], max_characters),
+            completion.finish_reason,
+            str(len(completion.token_ids)),
+            *(f"{float(rollout.reward_parts[name][i]):.3g}" for name in names),
+            f"{float(rollout.rewards[i]):.3g}",
+        ]
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _cell(text: str, max_characters: int) -> str:
+    """A text as the cell of a Markdown table: nothing in it is markup."""
+    if len(text) > max_characters:
+        half = max_characters // 2
+        text = f"{text[:half]} […] {text[-half:]}"
+    for character, entity in (
+        ("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("*", "&#42;"), ("_", "&#95;"),
+        ("`", "&#96;"), ("[", "&#91;"), ("]", "&#93;"), ("\\", "&#92;"), ("\n", "<br>"),
+    ):  # fmt: skip
+        text = text.replace(character, entity)
+    return text or " "

@@ -1,0 +1,46 @@
+"""Writes the trained policy as a folder that transformers and vLLM load."""
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from drpo_lightning.export import check_exported, write_model
+from drpo_lightning.rollout.weights import WeightSource
+
+
+class ExportPolicy(Callback):
+    """Exports the policy at the end of the training.
+
+    Args:
+        folder: where to; by default `policy` in the run's log folder.
+        dtype: precision of the exported weights; by default that of the training.
+        check: also gives the weights to the engine, whose `SyncProbe` then confirms them, and reads back what was
+            written.
+    """
+
+    def __init__(self, folder: str | None = None, dtype: str | None = None, check: bool = True) -> None:
+        self.folder = folder
+        self.dtype = dtype
+        self.check = check
+        self.exported: Path | None = None
+        """The folder, once it is written."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the model and its tokenizer on rank 0; the other ranks help to gather the weights."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not isinstance(pl_module, WeightSource):
+            raise TypeError(f"the LightningModule must be a `WeightSource`, got {type(pl_module).__name__}")
+        folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "policy")
+        weights = {
+            name: tensor.cpu() if trainer.is_global_zero else tensor[:0] for name, tensor in pl_module.named_weights()
+        }
+        if trainer.is_global_zero:
+            write_model(pl_module.model_name, weights, folder, dtype=self.dtype)  # type: ignore[arg-type]
+        if self.check:
+            trainer.datamodule.refresh_engine()  # type: ignore[attr-defined]
+            if trainer.is_global_zero:
+                check_exported(folder, weights, dtype=self.dtype)
+        self.exported = folder
+        rank_zero_info(f"Policy exported to {folder}")

@@ -1,0 +1,98 @@
+"""What a rollout brought: rewards, lengths, groups without a signal, and how long it took."""
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from drpo_lightning.batch import Rollout
+from drpo_lightning.logs import log_metrics
+from drpo_lightning.rollout.hooks import RolloutHooks
+
+
+class RolloutStatistics(Callback, RolloutHooks):
+    """Logs every rollout, at the optimizer steps that were completed when it was sampled.
+
+    `reward/mean`, `reward/std`, `reward/<name>/mean` (over completions that the reward applies to),
+    `reward/<name>/applies_fraction`, `completions/mean_length` (tokens), `completions/max_length`,
+    `completions/truncated_fraction`, `group/zero_std_fraction` (prompts whose samples have equal rewards and so no
+    gradient); and of the iteration `perf/generate_seconds`, `perf/sync_seconds`, `perf/reward_seconds`,
+    `perf/update_seconds`, `perf/iteration_seconds`, `perf/tokens_per_second` (sampled tokens over the whole
+    iteration, all ranks).
+    """
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, float] = {}
+        self._tokens = 0.0
+        self._started = 0.0
+        self._sampled = 0.0
+
+    def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Starts the clock of the iteration."""
+        self._started = time.perf_counter()
+
+    def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
+        """Takes the statistics over all ranks."""
+        self._sampled = time.perf_counter()
+        self._metrics = rollout_metrics(trainer, pl_module, rollout)
+        self._tokens = self._metrics.pop("tokens")
+        phases: dict[str, float] = trainer.datamodule.phase_seconds  # type: ignore[attr-defined]
+        self._metrics |= {f"perf/{name}_seconds": seconds for name, seconds in phases.items()}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
+        """Logs the rollout that the first of its micro-batches comes from: the loader itself must not log."""
+        if self._metrics:
+            log_metrics(trainer, pl_module, self._metrics)
+            self._metrics = {}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the speed of the iteration."""
+        if not self._sampled:
+            return
+        now = time.perf_counter()
+        metrics = {
+            "perf/update_seconds": now - self._sampled,
+            "perf/iteration_seconds": now - self._started,
+            "perf/tokens_per_second": self._tokens / (now - self._started),
+        }
+        log_metrics(trainer, pl_module, metrics)
+
+
+def rollout_metrics(trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> dict[str, float]:
+    """Statistics of a rollout over all ranks; `tokens` is the number of sampled tokens. Collective."""
+    rewards, groups = rollout.rewards.double(), rollout.group_rewards
+    lengths = torch.tensor([len(completion.token_ids) for completion in rollout.completions], dtype=torch.float64)
+    sums = {
+        "samples": len(rollout),
+        "groups": len(groups),
+        "reward": rewards.sum(),
+        "reward_squares": rewards.square().sum(),
+        "tokens": lengths.sum(),
+        "truncated": sum(completion.is_truncated for completion in rollout.completions),
+        "equal_groups": (groups == groups[:, :1]).all(dim=1).sum(),
+    }
+    for name, scores in rollout.reward_parts.items():
+        sums[f"{name}/sum"] = scores.double().nansum()
+        sums[f"{name}/count"] = (~scores.isnan()).sum()
+    device = pl_module.device
+    packed = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=device)
+    totals = dict(zip(sums, trainer.strategy.reduce(packed, reduce_op="sum").tolist(), strict=True))
+    longest = trainer.strategy.reduce(lengths.max().to(device), reduce_op="max")
+    samples = totals["samples"]
+    mean = totals["reward"] / samples
+    metrics = {
+        "reward/mean": mean,
+        "reward/std": max(totals["reward_squares"] / samples - mean**2, 0.0) ** 0.5,
+        "completions/mean_length": totals["tokens"] / samples,
+        "completions/max_length": float(longest),
+        "completions/truncated_fraction": totals["truncated"] / samples,
+        "group/zero_std_fraction": totals["equal_groups"] / totals["groups"],
+        "tokens": totals["tokens"],
+    }
+    for name in rollout.reward_parts:
+        count = totals[f"{name}/count"]
+        metrics[f"reward/{name}/applies_fraction"] = count / samples
+        if count:
+            metrics[f"reward/{name}/mean"] = totals[f"{name}/sum"] / count
+    return metrics

@@ -1,0 +1,40 @@
+"""What a run came to, in a few lines at its end."""
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from drpo_lightning.callbacks.export_policy import ExportPolicy
+
+
+class RunSummary(Callback):
+    """Prints the validation before and after, and where the logs and the exported policy are.
+
+    The validation before is Lightning's sanity check: set `trainer.num_sanity_val_steps: -1`.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Keeps the first and the latest figures."""
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+        self._first = self._first or metrics
+        self._last = metrics
+
+    @rank_zero_only  # type: ignore[untyped-decorator]
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Prints the summary."""
+        exported = [c.exported for c in trainer.callbacks if isinstance(c, ExportPolicy) and c.exported]  # type: ignore[attr-defined]
+        lines = [f"{trainer.global_step} updates on {trainer.current_epoch} rollouts"]
+        for label, key in (("reward", "val/reward/mean"), ("pass@1", "val/pass@1")):
+            if key in self._last:
+                lines.append(f"held-out {label}: {self._first[key]:.3f} before -> {self._last[key]:.3f} after")
+        if trainer.log_dir:
+            lines.append(f"logs:    {trainer.log_dir}")
+        lines += [f"policy:  {folder}" for folder in exported]
+        if trainer.log_dir:
+            lines.append(f"look at: tensorboard --logdir '{Path(trainer.log_dir).parent}'")
+        print("\n" + "\n".join(lines), flush=True)  # noqa: T201

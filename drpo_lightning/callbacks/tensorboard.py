@@ -1,0 +1,38 @@
+"""Writing to TensorBoard what Lightning's logger interface has no method for."""
+
+from collections.abc import Iterator
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from drpo_lightning.metrics import Histogram
+
+
+def tensorboard_writers(trainer: Trainer) -> Iterator[SummaryWriter]:
+    """The writers of the trainer's TensorBoard loggers; none on ranks other than 0."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                yield logger.experiment
+
+
+def write_histogram(trainer: Trainer, tag: str, histogram: Histogram) -> None:
+    """Writes a histogram at the optimizer steps completed so far; nothing if it is empty."""
+    count = int(histogram.counts.sum())
+    if not count:
+        return
+    filled = histogram.counts.nonzero().flatten()
+    edges = histogram.edges.tolist()
+    for writer in tensorboard_writers(trainer):
+        writer.add_histogram_raw(
+            tag,
+            min=edges[int(filled[0])],
+            max=edges[int(filled[-1]) + 1],
+            num=count,
+            sum=histogram.total,
+            sum_squares=histogram.total_squares,
+            bucket_limits=edges[1:],
+            bucket_counts=histogram.counts.tolist(),
+            global_step=trainer.global_step,
+        )

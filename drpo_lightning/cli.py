@@ -1,0 +1,50 @@
+"""`drpo fit` and `drpo validate`: Lightning's command line over our module and data module."""
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from drpo_lightning.datamodules import RolloutDataModule
+from drpo_lightning.modules import PolicyModule
+
+TRAINER_DEFAULTS = {
+    "max_epochs": 100,  # an epoch is a rollout
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": -1,  # the validation before the first update
+    "use_distributed_sampler": False,  # the data module gives every rank its own prompts
+}
+
+
+class DRPOCommandLine(LightningCLI):
+    """Lightning's command line with what belongs together linked."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """`fit` and `validate`."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Gives the data module the policy's name, and the policy the temperature of the sampling."""
+        parser.add_argument("--vars", type=dict, default={}, help="free values for ${vars.name} elsewhere")
+        parser.link_arguments("model.model", "data.model")
+        parser.link_arguments("data.sampling.temperature", "model.temperature")
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lets the configuration win over hyperparameters that a checkpoint may hold."""
+
+
+def main() -> None:
+    """Runs the subcommand in `sys.argv`."""
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    DRPOCommandLine(
+        PolicyModule,
+        RolloutDataModule,
+        parser_kwargs={"parser_mode": "omegaconf+"},
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults=TRAINER_DEFAULTS,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+    )
