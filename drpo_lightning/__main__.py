@@ -1,5 +1,6 @@
 """The command `drpo`. It imports only what the chosen subcommand needs: `drpo --help` is quick."""
 
+import os
 import sys
 
 from drpo_lightning import __version__
@@ -19,6 +20,8 @@ commands:
 
 def main() -> None:
     """Hands over to the subcommand."""
+    # Read by OpenMP when torch is imported. Threads that spin while they wait stall whoever shares their cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
     if command in ("fit", "validate"):

@@ -51,11 +51,18 @@ class Completion:
         token_ids: sampled tokens; the end-of-sequence token is one of them if it was drawn.
         logprobs: log mu of each token, in nats, of the distribution that was sampled from.
         finish_reason: `stop` after an end-of-sequence token, `length` if it was cut off.
+
+    Raises:
+        ValueError: if there is not one logprob per token.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"a completion of {len(self.token_ids)} tokens has {len(self.logprobs)} logprobs")
 
     @property
     def is_truncated(self) -> bool:

@@ -1,8 +1,9 @@
 """Makes the policy of the quickstart: a small Llama that adds numbers only partly well.
 
-The model is a Llama with a character-level tokenizer, trained from scratch on lines like `37+58=95`. Training stops
-as soon as the sampled accuracy on held-out problems reaches `--target`, so that reinforcement learning has something
-to improve. Everything follows from `--seed`; two minutes on two cores.
+The model is a Llama with a character-level tokenizer, trained from scratch on lines like `37+58=95`: first on right
+ones, until it can add, then on a careless corpus, in which a random digit of most sums is wrong. So it knows the answer
+and gives another most of the time, as a base model does, and reinforcement learning has something to sharpen. Everything
+follows from `--seed`; some four minutes on two cores.
 
     python scripts/pretrain_arithmetic.py --out models/arithmetic
 """
@@ -69,6 +70,21 @@ def encode(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]) -> tu
     return ids, labels
 
 
+def with_wrong_digits(
+    ids: torch.Tensor, labels: torch.Tensor, tokenizer: PreTrainedTokenizerFast, fraction: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replaces one digit of the sum by a random one, in a random `fraction` of the lines."""
+    is_digit = (labels >= 0) & (labels != tokenizer.eos_token_id)
+    position = (is_digit * torch.rand(labels.shape)).argmax(1)
+    rows = (torch.rand(len(ids)) < fraction).nonzero()[:, 0]
+    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
+    wrong = digits[torch.randint(10, (len(rows),))]
+    ids, labels = ids.clone(), labels.clone()
+    ids[rows, position[rows]] = wrong
+    labels[rows, position[rows]] = wrong
+    return ids, labels
+
+
 @torch.no_grad()
 def sampled_accuracy(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> float:
     """The exact chance that a sample at temperature 1 is the right answer, averaged over the problems."""
@@ -81,8 +97,9 @@ def main() -> None:
     """Trains until the target accuracy is reached and writes model and tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/arithmetic"))
-    parser.add_argument("--target", type=float, default=0.3, help="stop at this sampled accuracy")
-    parser.add_argument("--max_steps", type=int, default=20000)
+    parser.add_argument("--right_steps", type=int, default=1200, help="steps on lines with right sums")
+    parser.add_argument("--careless_steps", type=int, default=200, help="steps on lines with wrong digits after that")
+    parser.add_argument("--wrong", type=float, default=0.75, help="share of careless lines with a wrong digit")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -92,17 +109,17 @@ def main() -> None:
     train = encode(tokenizer, ArithmeticPrompts(split="train").load())
     held_out = encode(tokenizer, ArithmeticPrompts(split="validation").load())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    for step in range(args.max_steps + 1):
-        if step % 25 == 0:
-            accuracy = sampled_accuracy(model, *held_out)
-            print(f"step {step}: sampled accuracy {accuracy:.3f}", flush=True)
-            if accuracy >= args.target:
-                break
+    for step in range(args.right_steps + args.careless_steps):
+        if step % 100 == 0:
+            print(f"step {step}: sampled accuracy {sampled_accuracy(model, *held_out):.3f}", flush=True)
         rows = torch.randint(len(train[0]), (512,))
-        loss = model(input_ids=train[0][rows], labels=train[1][rows]).loss
+        wrong = 0.0 if step < args.right_steps else args.wrong
+        ids, labels = with_wrong_digits(train[0][rows], train[1][rows], tokenizer, wrong)
+        loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    print(f"sampled accuracy of the finished model: {sampled_accuracy(model, *held_out):.3f}")
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 

@@ -105,18 +105,23 @@ class ExactMatchReward(RewardCallback):
 
 
 class NumericAnswerReward(RewardCallback):
-    """1 if the last number of the completion is the last number of the data set's answer, else 0.
+    r"""1 if the last number of the completion is the last number of the data set's answer, else 0.
 
     Args:
         column: column of the data set that holds the answer.
+        boxed: looks for the number only in the completion's last `\\boxed{...}`.
         weight: factor of this reward in the sum.
         name: what it is logged as.
     """
 
-    def __init__(self, column: str = "answer", weight: float = 1.0, name: str = "numeric_answer") -> None:
+    def __init__(
+        self, column: str = "answer", boxed: bool = False, weight: float = 1.0, name: str = "numeric_answer"
+    ) -> None:
         super().__init__(weight, name)
         self.column = column
+        self.boxed = boxed
 
     def score(self, batch: RewardBatch) -> Sequence[float | None]:
         """See `drpo_lightning.rewards.numeric_answer`."""
-        return [numeric_answer(*pair) for pair in zip(batch.completions, batch.column(self.column), strict=True)]
+        pairs = zip(batch.completions, batch.column(self.column), strict=True)
+        return [numeric_answer(completion, answer, boxed=self.boxed) for completion, answer in pairs]

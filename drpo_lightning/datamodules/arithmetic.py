@@ -42,4 +42,7 @@ class ArithmeticPrompts(PromptSource):
         pairs = [(a, b) for a in numbers for b in numbers]
         random.Random(self.seed).shuffle(pairs)
         chosen = pairs[: self.num_validation] if self.split == "validation" else pairs[self.num_validation :]
-        return [{"prompt": self.template.format(a=a, b=b), "answer": str(a + b)} for a, b in chosen]
+        return [
+            {"prompt": self.template.replace("{a}", str(a)).replace("{b}", str(b)), "answer": str(a + b)}
+            for a, b in chosen
+        ]

@@ -24,13 +24,18 @@ class FilePrompts(PromptSource):
     Args:
         path: the file; `.jsonl`, `.json` (with lines) or `.parquet`.
         prompt_column: column that holds the prompt, a text or a list of chat messages.
-        columns: other columns that every row must have, such as the answer.
+        columns: columns that rewards need, by the name that they get: `{answer: solution}` hands the column
+            `solution` on as `answer`. Every row must have them. Other columns keep their names.
+        suffix: text that is added to every prompt, such as how the answer is to be written.
     """
 
-    def __init__(self, path: str, prompt_column: str = "prompt", columns: list[str] | None = None) -> None:
+    def __init__(
+        self, path: str, prompt_column: str = "prompt", columns: dict[str, str] | None = None, suffix: str = ""
+    ) -> None:
         self.path = Path(path).expanduser()
         self.prompt_column = prompt_column
-        self.columns = columns or []
+        self.columns = columns or {}
+        self.suffix = suffix
 
     def load(self) -> list[dict[str, Any]]:
         """See `PromptSource.load`."""
@@ -42,7 +47,7 @@ class FilePrompts(PromptSource):
             rows = _read_jsonl(self.path)
         else:
             raise ValueError(f"the data set {str(self.path)!r} must end in .jsonl, .json or .parquet")
-        return _with_prompt(rows, self.prompt_column, self.columns, str(self.path))
+        return _with_prompt(rows, self.prompt_column, self.columns, self.suffix, str(self.path))
 
 
 class HubPrompts(PromptSource):
@@ -53,7 +58,9 @@ class HubPrompts(PromptSource):
         split: its split, with slices as `datasets` writes them: `train[:1000]`.
         config: its configuration, if it has several.
         prompt_column: column that holds the prompt, a text or a list of chat messages.
-        columns: other columns that every row must have, such as the answer.
+        columns: columns that rewards need, by the name that they get: `{answer: solution}` hands the column
+            `solution` on as `answer`. Every row must have them. Other columns keep their names.
+        suffix: text that is added to every prompt, such as how the answer is to be written.
     """
 
     def __init__(
@@ -62,20 +69,22 @@ class HubPrompts(PromptSource):
         split: str = "train",
         config: str | None = None,
         prompt_column: str = "prompt",
-        columns: list[str] | None = None,
+        columns: dict[str, str] | None = None,
+        suffix: str = "",
     ) -> None:
         self.name = name
         self.split = split
         self.config = config
         self.prompt_column = prompt_column
-        self.columns = columns or []
+        self.columns = columns or {}
+        self.suffix = suffix
 
     def load(self) -> list[dict[str, Any]]:
         """See `PromptSource.load`."""
         from datasets import load_dataset
 
         rows = [(f"row {i}", row) for i, row in enumerate(load_dataset(self.name, self.config, split=self.split))]
-        return _with_prompt(rows, self.prompt_column, self.columns, f"{self.name} ({self.split})")
+        return _with_prompt(rows, self.prompt_column, self.columns, self.suffix, f"{self.name} ({self.split})")
 
 
 def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
@@ -105,16 +114,16 @@ def _read_parquet(path: Path) -> list[tuple[str, Any]]:
 
 
 def _with_prompt(
-    rows: list[tuple[str, Any]], prompt_column: str, columns: list[str], origin: str
+    rows: list[tuple[str, Any]], prompt_column: str, columns: dict[str, str], suffix: str, origin: str
 ) -> list[dict[str, Any]]:
-    """Renames the prompt's column to `prompt` and checks every row."""
+    """Gives the columns their names and checks every row."""
     if not rows:
         raise ValueError(f"the data set {origin} is empty")
     result = []
     for place, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{origin}, {place}: a row must be an object with columns, got {type(row).__name__}")  # noqa: TRY004
-        for column in (prompt_column, *columns):
+        for column in (prompt_column, *columns.values()):
             if row.get(column) is None:
                 raise ValueError(f"{origin}, {place}: no column {column!r}; it has {sorted(row)}")
         prompt = row[prompt_column]
@@ -122,5 +131,15 @@ def _with_prompt(
             raise ValueError(
                 f"{origin}, {place}: {prompt_column!r} must be a text or a list of chat messages, got {prompt!r}"
             )
-        result.append({"prompt": prompt, **{key: value for key, value in row.items() if key != prompt_column}})
+        renamed = {name: row[column] for name, column in columns.items()}
+        result.append({**row, **renamed, "prompt": _with_suffix(prompt, suffix)})
     return result
+
+
+def _with_suffix(prompt: str | list[dict[str, str]], suffix: str) -> str | list[dict[str, str]]:
+    """Adds a text to a prompt, or to the last message of a chat."""
+    if not suffix:
+        return prompt
+    if isinstance(prompt, str):
+        return prompt + suffix
+    return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + suffix}]

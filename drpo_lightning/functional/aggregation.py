@@ -20,8 +20,8 @@ def aggregate_loss(
     completion_mask: Bool[Tensor, "batch seq"],
     *,
     kind: str,
-    num_tokens: float,
-    num_sequences: float,
+    num_tokens: int,
+    num_sequences: int,
     horizon: int | None = None,
 ) -> Float[Tensor, ""]:
     """Share of one micro-batch in the loss of an optimizer update.

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from drpo_lightning.functional.ratios import LOG_RATIO_CLAMP, probability_shift
 
+LARGEST_LOGPROB = -(2.0**-24)
+"""Logprobs above this, in nats, round to a probability of 1 in float32: what is left to the other tokens is lost."""
+
 
 def log1mexp(logprobs: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
     """`log(1 - exp(x))` for x <= 0, exact to rounding near 0 and near minus infinity.
@@ -45,14 +48,16 @@ def binary_kl_divergence(
     Source: Qi et al., arXiv 2602.04879.
 
     Returns:
-        The divergence in nats, >= 0; the limits `0 log 0 = 0` hold, and it is infinite where pi = 1 and mu < 1.
+        The divergence in nats, >= 0 and finite: 1 - pi is taken as at least 2^-24, which is as close to 1 as float32
+        can tell; the limit `0 log 0 = 0` holds.
     """
-    mu = rollout_logprobs.exp()
-    log_ratio = (policy_logprobs - rollout_logprobs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-    rest_mu, rest_pi = log1mexp(rollout_logprobs), log1mexp((rollout_logprobs + log_ratio).clamp(max=0.0))
+    log_mu = rollout_logprobs.clamp(max=0.0)
+    # The clamp of `importance_ratio`, put on log pi: log mu + (log pi - log mu) would round where pi is near 1.
+    log_pi = policy_logprobs.clamp(log_mu - LOG_RATIO_CLAMP, log_mu + LOG_RATIO_CLAMP)
+    rest_mu, rest_pi = log1mexp(log_mu), log1mexp(log_pi.clamp(max=LARGEST_LOGPROB))
     # mu = 1 leaves no rest: (1 - mu) log(...) is 0 there, whatever 1 - pi is.
-    rest = torch.where(rest_mu.isneginf(), torch.zeros_like(mu), -torch.expm1(rollout_logprobs) * (rest_mu - rest_pi))
-    return (rest - mu * log_ratio).clamp(min=0.0)
+    rest = torch.where(rest_mu.isneginf(), 0.0, -torch.expm1(log_mu) * (rest_mu - rest_pi))
+    return (rest - log_mu.exp() * (log_pi - log_mu)).clamp(min=0.0)
 
 
 def k1_divergence(

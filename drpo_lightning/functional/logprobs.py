@@ -71,7 +71,7 @@ def sampling_logprobs(
         logits: raw logits.
         temperature: sampling temperature; 0 puts all probability on the first most likely token.
         top_p: share of the probability that is kept, in (0, 1].
-        top_k: number of tokens that are kept; 0 keeps all.
+        top_k: number of tokens that are kept, and those with the logit of the last of them; 0 keeps all.
 
     Returns:
         float32 logprobs; minus infinity on tokens that cannot be drawn.

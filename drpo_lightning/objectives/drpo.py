@@ -19,7 +19,7 @@ def drpo(
 ) -> TokenTerms:
     """Divergence Regularized Policy Optimization: `r A - |A| mu (r - 1)^2 / (2 delta)` per token.
 
-    With the shift s = pi - mu = mu (r - 1) the penalty is `|A| s (r - 1) / (2 delta)`, and
+    This is SPO with the token's own range epsilon = delta / mu, which bounds |pi - mu| instead of |r - 1|:
 
         grad_weight w = 1 - sign(A) (pi - mu) / delta
 
@@ -39,7 +39,7 @@ def drpo(
     """
     ratio = importance_ratio(policy_logprobs, rollout_logprobs)
     shift = probability_shift(policy_logprobs, rollout_logprobs)
-    penalty = advantages.abs() * shift * (ratio - 1) / (2 * delta)
+    penalty = advantages.abs() * rollout_logprobs.exp() * (ratio - 1).square() / (2 * delta)
     weight = 1 - advantages.sign() * shift.detach() / delta
     return TokenTerms(ratio * advantages - penalty, ratio.detach() * advantages * weight)
 

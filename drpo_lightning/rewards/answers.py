@@ -22,10 +22,28 @@ def last_number(text: str) -> Decimal | None:
         return None
 
 
-def numeric_answer(completion: str, answer: str) -> float:
-    """1.0 if the last number of the completion equals the last number of the answer, else 0.0.
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last `\boxed{...}` of a text, nested braces included; None if there is none."""
+    start = text.rfind(r"\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 1, start + len(r"\boxed{")
+    for i in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[begin:i]
+    return None
+
+
+def numeric_answer(completion: str, answer: str, *, boxed: bool = False) -> float:
+    r"""1.0 if the last number of the completion equals the last number of the answer, else 0.0.
 
     Compared as decimal numbers: `1,024.50` equals `1024.5`.
+
+    Args:
+        completion: what the policy wrote.
+        answer: what the data set says.
+        boxed: looks for the number only in the completion's last `\boxed{...}`.
 
     Raises:
         ValueError: if the answer holds no number.
@@ -33,4 +51,5 @@ def numeric_answer(completion: str, answer: str) -> float:
     expected = last_number(str(answer))
     if expected is None:
         raise ValueError(f"`answer` must hold a number, got {answer!r}")
-    return float(last_number(completion) == expected)
+    given = last_boxed(completion) or "" if boxed else completion
+    return float(last_number(given) == expected)

@@ -18,8 +18,8 @@ def share(loss, mask, kind, num_tokens, num_sequences, horizon=HORIZON):
         torch.where(mask, loss, 0.0),
         mask,
         kind=kind,
-        num_tokens=float(num_tokens),
-        num_sequences=float(num_sequences),
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
         horizon=horizon,
     )
 
@@ -52,11 +52,11 @@ def test_shares_of_any_split_add_up_to_the_whole_in_value_and_gradient(kind, see
     values = torch.randn(6, 5, generator=generator)
     mask = torch.rand(6, 5, generator=generator) < torch.rand(6, 1, generator=generator)
     whole, split = (values.clone().requires_grad_() for _ in range(2))
-    total = share(whole, mask, kind, mask.sum(), 6)
+    total = share(whole, mask, kind, int(mask.sum()), 6)
     total.backward()
     edges = [0, *sorted(cuts), 6]
     # equal neighbouring edges make a micro-batch without sequences
-    shares = [share(split[a:b], mask[a:b], kind, mask.sum(), 6) for a, b in pairwise(edges)]
+    shares = [share(split[a:b], mask[a:b], kind, int(mask.sum()), 6) for a, b in pairwise(edges)]
     torch.stack(shares).sum().backward()
     torch.testing.assert_close(torch.stack(shares).sum(), total, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(split.grad, whole.grad, rtol=1e-5, atol=1e-7)

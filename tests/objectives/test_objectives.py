@@ -281,6 +281,48 @@ class SequenceMean(Objective):
         return "SequenceMean"
 
 
+@final
+@dataclass(frozen=True)
+class Unclamped(Objective):
+    """Its formula protects it from nothing: no clamp, not 0 at A = 0, and a mean over all tokens."""
+
+    required_inputs: ClassVar[frozenset[str]] = frozenset({"proximal_logprobs"})
+
+    def terms(self, tokens):
+        ratio = (tokens.policy_logprobs - tokens.rollout_logprobs).exp()
+        proximal_ratio = (tokens.policy_logprobs - tokens.proximal_logprobs).exp()
+        objective = ratio + proximal_ratio + tokens.policy_logprobs * tokens.advantages
+        objective = objective + (ratio + proximal_ratio + tokens.advantages).mean()
+        return TokenTerms(objective, ratio + proximal_ratio + tokens.advantages, ratio < 1.5)
+
+    def describe(self):
+        return "Unclamped"
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30, -1e30])
+@pytest.mark.parametrize("field", ["policy_logprobs", "rollout_logprobs", "advantages", "proximal_logprobs"])
+def test_inputs_are_masked_before_an_objective_sees_them(make_tokens, garbage, field):
+    tokens = make_tokens(7)
+    near = tokens.policy_logprobs.clamp(min=-5)
+    tokens = tokens._replace(policy_logprobs=near, rollout_logprobs=near - 0.1)
+    mask = tokens.completion_mask
+    inputs = tokens._asdict() | {"proximal_logprobs": near - 0.2}
+    results = []
+    for values in (inputs, inputs | {field: torch.where(mask, inputs[field], garbage)}):
+        policy = values["policy_logprobs"].clone().requires_grad_()
+        output = Unclamped()(**(values | {"policy_logprobs": policy}))
+        output.loss.sum().backward()
+        results.append((output, policy.grad))
+    (expected, expected_grad), (output, grad) = results
+    assert_same_output(output, expected)
+    assert torch.equal(grad, expected_grad)
+    assert (grad[mask] != 0).all()
+    for outside in (grad[~mask], output.loss[~mask], output.grad_coefficient[~mask]):
+        assert (outside == 0).all()
+    assert output.grad_weight[~mask].isnan().all()
+    assert not output.keep[~mask].any()
+
+
 @pytest.mark.parametrize("given_inputs", [(), ("sequence_ids",), ("proximal_logprobs",)])
 def test_a_missing_required_input_raises(make_tokens, given_inputs):
     tokens = make_tokens(0)
