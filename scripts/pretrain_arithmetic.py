@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drpo_lightning.datamodules.arithmetic import ArithmeticPrompts
@@ -60,7 +60,7 @@ def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 def encode(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids `[rows, length]`, padded on the right, and labels: -100 on the prompt and the padding."""
-    lines = [tokenizer(row["prompt"] + row["answer"]).input_ids + [tokenizer.eos_token_id] for row in rows]
+    lines = [[*tokenizer(row["prompt"] + row["answer"]).input_ids, tokenizer.eos_token_id] for row in rows]
     length = max(map(len, lines))
     ids = torch.tensor([line + [tokenizer.pad_token_id] * (length - len(line)) for line in lines])
     labels = ids.clone()
@@ -89,7 +89,7 @@ def with_wrong_digits(
 def sampled_accuracy(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> float:
     """The exact chance that a sample at temperature 1 is the right answer, averaged over the problems."""
     logits = model(input_ids=ids).logits[:, :-1]
-    logprobs = -F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=-100)
+    logprobs = -cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=-100)
     return logprobs.view(len(ids), -1).sum(1).exp().mean().item()
 
 
@@ -97,9 +97,9 @@ def main() -> None:
     """Trains until the target accuracy is reached and writes model and tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/arithmetic"))
-    parser.add_argument("--right_steps", type=int, default=1200, help="steps on lines with right sums")
+    parser.add_argument("--right_steps", type=int, default=1400, help="steps on lines with right sums")
     parser.add_argument("--careless_steps", type=int, default=200, help="steps on lines with wrong digits after that")
-    parser.add_argument("--wrong", type=float, default=0.75, help="share of careless lines with a wrong digit")
+    parser.add_argument("--wrong", type=float, default=0.6, help="share of careless lines with a wrong digit")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

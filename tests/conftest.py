@@ -1,10 +1,13 @@
 """What all tests share. Shapes and types of the lower floors are checked in every test."""
 
 import os
+from pathlib import Path
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import pytest
 from jaxtyping import install_import_hook
 
 # An int is a float, as in every annotation of Python.
@@ -12,3 +15,72 @@ install_import_hook(
     ["drpo_lightning.functional", "drpo_lightning.objectives", "drpo_lightning.metrics", "drpo_lightning.batch"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+MODEL_FOLDER = Path(__file__).parents[1] / "models" / "arithmetic"
+
+
+class Run(NamedTuple):
+    trainer: Any
+    module: Any
+    data: Any
+
+    def fit(self, **arguments):
+        self.trainer.fit(self.module, self.data, **arguments)
+
+
+def scattered_reward(completion_ids, **_):
+    """0, 0.25, ..., 1: the samples of a prompt differ, whatever the model has learned."""
+    return [sum(i * token for i, token in enumerate(ids, start=1)) % 5 / 4 for ids in completion_ids]
+
+
+@pytest.fixture(scope="session")
+def model_folder():
+    """The small model that adds numbers."""
+    return str(MODEL_FOLDER)
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Makes a small real run on the CPU: by default 4 prompts x 4 samples in 2 updates, with a reward that varies."""
+    import torch
+    from lightning.pytorch import Trainer
+
+    from drpo_lightning.batch import Sampling
+    from drpo_lightning.callbacks import FunctionReward
+    from drpo_lightning.datamodules import ArithmeticPrompts, RolloutDataModule
+    from drpo_lightning.modules import PolicyModule
+    from drpo_lightning.rollout import TransformersEngine
+
+    def make(*callbacks, trainer=None, module=None, data=None, rewards=None):
+        module = {
+            "model": str(MODEL_FOLDER),
+            "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+            "temperature": 1.5,
+        } | (module or {})
+        data = {
+            "engine": TransformersEngine(),
+            "prompts": ArithmeticPrompts(max_operand=9, num_validation=20),
+            "model": str(MODEL_FOLDER),
+            "num_prompts": 4,
+            "group_size": 4,
+            "num_updates": 2,
+            "sampling": Sampling(max_tokens=4, temperature=1.5),
+        } | (data or {})
+        trainer = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "logger": False,
+            "log_every_n_steps": 1,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+            "default_root_dir": tmp_path,
+        } | (trainer or {})
+        rewards = [FunctionReward(scattered_reward, name="scattered")] if rewards is None else rewards
+        return Run(
+            Trainer(callbacks=[*rewards, *callbacks], **trainer), PolicyModule(**module), RolloutDataModule(**data)
+        )
+
+    return make

@@ -3,9 +3,11 @@
 import contextlib
 import importlib.util
 import os
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -193,20 +195,48 @@ def _environment_of_engine(device: torch.device, *, own_process: bool) -> dict[s
     return environment
 
 
-@contextlib.contextmanager
-def _isolated_rng() -> Iterator[None]:
-    """Keeps vLLM from reseeding and advancing the trainer's random number generators."""
-    from lightning.pytorch.utilities.seed import isolate_rng
+class _OwnRandomness:
+    """Random number generators of vLLM's own, although Python, NumPy and PyTorch have one for the whole process.
 
-    with isolate_rng():
-        yield
+    vLLM reseeds them when it starts and draws from them: the trainer's state is put aside meanwhile, and vLLM goes on
+    from where it was the last time.
+    """
+
+    def __init__(self) -> None:
+        self._states: tuple[Any, ...] | None = None
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        trainers = self._get()
+        if self._states is not None:
+            self._set(self._states)
+        try:
+            yield
+        finally:
+            self._states = self._get()
+            self._set(trainers)
+
+    @staticmethod
+    def _get() -> tuple[Any, ...]:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), cuda  # noqa: NPY002 - vLLM uses it
+
+    @staticmethod
+    def _set(states: tuple[Any, ...]) -> None:
+        python, numpys, torchs, cuda = states
+        random.setstate(python)
+        numpy.random.set_state(numpys)  # noqa: NPY002
+        torch.set_rng_state(torchs)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
 
 
 class _VLLM:
     """vLLM's engine in this process."""
 
     def __init__(self, llm_kwargs: dict[str, Any]) -> None:
-        with _isolated_rng():
+        self._own_randomness = _OwnRandomness()
+        with self._own_randomness():
             from vllm import LLM
 
             self._llm = LLM(**llm_kwargs)
@@ -246,7 +276,7 @@ class _VLLM:
             for i in range(len(prompt_ids))
         ]
         prompts = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompt_ids]
-        with _isolated_rng():
+        with self._own_randomness():
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return [
             [_completion(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
