@@ -1,8 +1,13 @@
 """`drpo fit` and `drpo validate`: Lightning's command line over our module and data module."""
 
+from typing import Any
+
 from jsonargparse import set_parsing_settings
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from drpo_lightning.callbacks import RolloutProgress
 from drpo_lightning.datamodules import RolloutDataModule
 from drpo_lightning.modules import PolicyModule
 
@@ -31,6 +36,16 @@ class DRPOCommandLine(LightningCLI):
         parser.link_arguments("model.model", "data.model")
         parser.link_arguments("data.sampling.temperature", "model.temperature")
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
+        """Adds the progress bar, unless the configuration has one or wants none."""
+        trainer_config = self._get(self.config_init, "trainer")
+        callbacks = trainer_config.get("callbacks") or []
+        if trainer_config.get("enable_progress_bar") is not False and not any(
+            isinstance(callback, ProgressBar) for callback in callbacks
+        ):
+            trainer_config["callbacks"] = [*callbacks, RolloutProgress()]
+        return super().instantiate_trainer(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Lets the configuration win over hyperparameters that a checkpoint may hold."""

@@ -58,16 +58,20 @@ def check_exported(folder: str | Path, weights: Mapping[str, Tensor], *, dtype: 
     """
     from safetensors import safe_open
 
-    seen: set[int] = set()
+    written: set[str] = set()
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 if not torch.equal(file.get_tensor(name), _cast(weights[name], dtype)):
-                    raise RuntimeError(f"the exported tensor {name!r} in {path} is not what was written")
-                seen.add(weights[name].data_ptr())
-    missing = [name for name, tensor in weights.items() if tensor.data_ptr() not in seen]
+                    raise RuntimeError(f"the exported tensor {name!r} in {path} is not what was to be written")
+                written.add(name)
+    missing = [
+        name
+        for name in weights.keys() - written
+        if not any(torch.equal(weights[name], weights[other]) for other in written)
+    ]
     if missing:
-        raise RuntimeError(f"the exported model in {folder} lacks {missing[:5]}")
+        raise RuntimeError(f"the exported model in {folder} lacks {sorted(missing)[:5]}")
 
 
 def _cast(tensor: Tensor, dtype: str | None) -> Tensor:

@@ -7,7 +7,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
-def log_metrics(trainer: "Trainer", pl_module: "LightningModule", metrics: Mapping[str, float]) -> None:
+def log_metrics(
+    trainer: "Trainer", pl_module: "LightningModule", metrics: Mapping[str, float], *, is_epoch_end: bool = False
+) -> None:
     """Logs values that are the same on every rank, at the optimizer steps completed so far.
 
     `LightningModule.log` puts epoch ends one step lower and says nothing during the validation before the first
@@ -17,8 +19,9 @@ def log_metrics(trainer: "Trainer", pl_module: "LightningModule", metrics: Mappi
         trainer: the trainer; its loggers are written to, on rank 0.
         pl_module: the module whose hook is running.
         metrics: values by name.
+        is_epoch_end: True in a hook at the end of an epoch, where Lightning wants the ranks averaged all the same.
     """
     values = {name: float(value) for name, value in metrics.items()}
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)
-    pl_module.log_dict(values, logger=False, batch_size=1)
+    pl_module.log_dict(values, logger=False, batch_size=1, sync_dist=is_epoch_end and trainer.world_size > 1)

@@ -97,7 +97,7 @@ def main() -> None:
     """Trains until the target accuracy is reached and writes model and tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/arithmetic"))
-    parser.add_argument("--right_steps", type=int, default=1400, help="steps on lines with right sums")
+    parser.add_argument("--right_steps", type=int, default=2000, help="steps on lines with right sums")
     parser.add_argument("--careless_steps", type=int, default=200, help="steps on lines with wrong digits after that")
     parser.add_argument("--wrong", type=float, default=0.6, help="share of careless lines with a wrong digit")
     parser.add_argument("--seed", type=int, default=0)

@@ -57,6 +57,7 @@ def make_run(tmp_path):
             "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
             "temperature": 1.5,
         } | (module or {})
+        limit_val_batches = 1.0 if (data or {}).get("val_prompts") else 0
         data = {
             "engine": TransformersEngine(),
             "prompts": ArithmeticPrompts(max_operand=9, num_validation=20),
@@ -76,6 +77,7 @@ def make_run(tmp_path):
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "use_distributed_sampler": False,
+            "limit_val_batches": limit_val_batches,
             "default_root_dir": tmp_path,
         } | (trainer or {})
         rewards = [FunctionReward(scattered_reward, name="scattered")] if rewards is None else rewards
@@ -84,3 +86,39 @@ def make_run(tmp_path):
         )
 
     return make
+
+
+@pytest.fixture
+def make_recorder():
+    """Makes a callback that keeps the rollouts and micro-batches it sees, and may do something after a micro-batch."""
+    from lightning.pytorch import Callback
+
+    from drpo_lightning.rollout import RolloutHooks
+
+    class Recorder(Callback, RolloutHooks):
+        def __init__(self, after_batch=None):
+            self.after_batch = after_batch
+            self.events = []
+            self.rollouts = []
+            self.batches = []
+            """Micro-batches, a list per epoch."""
+            self.outputs = []
+
+        def on_rollout_start(self, trainer, pl_module):
+            self.events.append("start")
+
+        def on_engine_refresh(self, trainer, pl_module, engine):
+            self.events.append("refresh")
+
+        def on_rollout_end(self, trainer, pl_module, rollout):
+            self.events.append("end")
+            self.rollouts.append(rollout)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.batches += [[] for _ in range(len(self.batches), trainer.current_epoch + 1)]
+            self.batches[-1].append(batch)
+            self.outputs.append(outputs)
+            if self.after_batch is not None:
+                self.after_batch(trainer, pl_module, batch_idx)
+
+    return Recorder

@@ -33,9 +33,8 @@ class ExportPolicy(Callback):
         if not isinstance(pl_module, WeightSource):
             raise TypeError(f"the LightningModule must be a `WeightSource`, got {type(pl_module).__name__}")
         folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "policy")
-        weights = {
-            name: tensor.cpu() if trainer.is_global_zero else tensor[:0] for name, tensor in pl_module.named_weights()
-        }
+        # Every rank takes part in gathering a tensor; only rank 0 keeps it.
+        weights = {name: tensor.cpu() for name, tensor in pl_module.named_weights() if trainer.is_global_zero}
         if trainer.is_global_zero:
             write_model(pl_module.model_name, weights, folder, dtype=self.dtype)  # type: ignore[arg-type]
         if self.check:

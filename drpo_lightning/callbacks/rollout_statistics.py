@@ -56,7 +56,7 @@ class RolloutStatistics(Callback, RolloutHooks):
             "perf/iteration_seconds": now - self._started,
             "perf/tokens_per_second": self._tokens / (now - self._started),
         }
-        log_metrics(trainer, pl_module, metrics)
+        log_metrics(trainer, pl_module, metrics, is_epoch_end=True)
 
 
 def rollout_metrics(trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> dict[str, float]:

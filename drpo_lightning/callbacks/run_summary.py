@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from drpo_lightning.callbacks.export_policy import ExportPolicy
 
@@ -24,17 +23,19 @@ class RunSummary(Callback):
         self._first = self._first or metrics
         self._last = metrics
 
-    @rank_zero_only  # type: ignore[untyped-decorator]
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Prints the summary."""
+        """Prints the summary on rank 0."""
+        log_dir = trainer.log_dir  # collective
+        if not trainer.is_global_zero:
+            return
         exported = [c.exported for c in trainer.callbacks if isinstance(c, ExportPolicy) and c.exported]  # type: ignore[attr-defined]
         lines = [f"{trainer.global_step} updates on {trainer.current_epoch} rollouts"]
         for label, key in (("reward", "val/reward/mean"), ("pass@1", "val/pass@1")):
             if key in self._last:
                 lines.append(f"held-out {label}: {self._first[key]:.3f} before -> {self._last[key]:.3f} after")
-        if trainer.log_dir:
-            lines.append(f"logs:    {trainer.log_dir}")
+        if log_dir:
+            lines.append(f"logs:    {log_dir}")
         lines += [f"policy:  {folder}" for folder in exported]
-        if trainer.log_dir:
-            lines.append(f"look at: tensorboard --logdir '{Path(trainer.log_dir).parent}'")
+        if log_dir:
+            lines.append(f"look at: tensorboard --logdir '{Path(log_dir).parent}'")
         print("\n" + "\n".join(lines), flush=True)  # noqa: T201

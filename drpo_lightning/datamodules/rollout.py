@@ -246,6 +246,14 @@ class RolloutDataModule(LightningDataModule):
                 num_ranks=self._trainer.world_size,
                 seed=self.seed + self._trainer.global_rank,
             )
+        # Lightning validates in inference mode, in which a sharded model would keep tensors that it cannot train with.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            self._load_weights(source)
+            for hook in self._hooks:
+                hook.on_engine_refresh(self._trainer, self._trainer.lightning_module, self.engine)
+
+    def _load_weights(self, source: WeightSource) -> None:
+        """Sends the weights, after checking names, shapes and finiteness."""
         started = time.perf_counter()
         check_weights(source.weight_shapes(), self._expected_weights)
         if not source.weights_are_finite():
@@ -255,8 +263,6 @@ class RolloutDataModule(LightningDataModule):
             )
         self.engine.load_weights(source.named_weights())
         self.phase_seconds["sync"] = time.perf_counter() - started
-        for hook in self._hooks:
-            hook.on_engine_refresh(self._trainer, source, self.engine)
 
     def teardown(self, stage: str) -> None:  # noqa: ARG002
         """Ends the engine."""

@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from drpo_lightning.batch import RolloutBatch, Sampling, ValidationBatch
 from drpo_lightning.functional.aggregation import aggregate_loss
@@ -124,7 +126,10 @@ class PolicyModule(LightningModule, WeightSource):
                 if isinstance(layer, torch.nn.Dropout):
                     layer.p = 0.0
             language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.network = PolicyNetwork(language_model, temperature=self.temperature, chunk_size=self.logprob_chunk_size)
+        network = PolicyNetwork(language_model, temperature=self.temperature, chunk_size=self.logprob_chunk_size)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard(network, self.device_mesh["data_parallel"])  # type: ignore[index]
+        self.network = network
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """The optimizer, and its schedule by optimizer steps."""
@@ -216,7 +221,8 @@ class PolicyModule(LightningModule, WeightSource):
 
     def on_validation_epoch_end(self) -> None:
         """Logs mean reward and pass@k, also of the validation before the first update."""
-        log_metrics(self.trainer, self, {f"val/{k}": v for k, v in self.validation_statistics.compute().items()})
+        metrics = {f"val/{name}": value for name, value in self.validation_statistics.compute().items()}
+        log_metrics(self.trainer, self, metrics, is_epoch_end=True)
         self.validation_statistics.reset()
 
     def weight_shapes(self) -> dict[str, torch.Size]:
@@ -241,6 +247,16 @@ class PolicyModule(LightningModule, WeightSource):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes which model the weights belong to, for `drpo export`."""
         checkpoint["policy"] = {"model": self.model_name, "trust_remote_code": self.trust_remote_code}
+
+
+def shard(network: PolicyNetwork, mesh: DeviceMesh) -> None:
+    """Shards a network over the ranks by FSDP2, layer by layer."""
+    from torch.distributed.fsdp import fully_shard
+
+    layers = set(network.language_model._no_split_modules or ())
+    for module in [m for m in network.modules() if type(m).__name__ in layers]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(network, mesh=mesh)
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -158,9 +158,8 @@ class TransformersEngine(RolloutEngine):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copies the weights into the replica."""
         own = self._model.state_dict()
-        with torch.inference_mode():
-            for name, tensor in weights:
-                own[name].copy_(tensor)
+        for name, tensor in weights:
+            own[name].copy_(tensor)
 
     def _sleep(self) -> None:
         self._model.to("cpu")
