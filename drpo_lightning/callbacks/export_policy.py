@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from drpo_lightning.export import check_exported, write_model
 from drpo_lightning.rollout.weights import WeightSource

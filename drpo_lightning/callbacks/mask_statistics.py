@@ -17,10 +17,11 @@ SIGNS = ("", "_positive_adv", "_negative_adv")
 class MaskStatistics(UpdateStatistics):
     """Logs gradient weights, masks and the region, over all completion tokens and by the sign of the advantage.
 
-    For every objective: `grad_weight/mean`, `grad_weight/max`, `grad_weight/min`, `grad_weight/corrective_fraction` (w < 0),
-    `grad_weight/attenuated_fraction` (0 <= w < 1), `grad_weight/amplified_fraction` (w > 1), over tokens with A != 0;
-    `region/outside_fraction` (|pi - mu| > 0.2 in the direction of the advantage); `histogram/grad_weight`. For
-    objectives with a mask: `mask/fraction`, the share of tokens that it drops. A key that ends in `_positive_adv` or
+    For every objective: `grad_weight/mean`, `grad_weight/max`, `grad_weight/min`,
+    `grad_weight/corrective_fraction` (w < 0), `grad_weight/attenuated_fraction` (0 <= w < 1),
+    `grad_weight/amplified_fraction` (w > 1), over tokens with A != 0; `region/outside_fraction` (|pi - mu| > 0.2 in
+    the direction of the advantage); `histogram/grad_weight`. For objectives with a mask: `mask/fraction`, the share
+    of tokens that it drops. A key that ends in `_positive_adv` or
     `_negative_adv` is the share among the tokens of that sign.
 
     Args:

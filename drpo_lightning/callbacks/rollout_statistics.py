@@ -63,7 +63,7 @@ def rollout_metrics(trainer: Trainer, pl_module: LightningModule, rollout: Rollo
     """Statistics of a rollout over all ranks; `tokens` is the number of sampled tokens. Collective."""
     rewards, groups = rollout.rewards.double(), rollout.group_rewards
     lengths = torch.tensor([len(completion.token_ids) for completion in rollout.completions], dtype=torch.float64)
-    sums = {
+    sums: dict[str, Any] = {
         "samples": len(rollout),
         "groups": len(groups),
         "reward": rewards.sum(),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from drpo_lightning.batch import RolloutBatch
 from drpo_lightning.callbacks.tensorboard import write_histogram
-from drpo_lightning.logs import log_metrics
+from drpo_lightning.logs import log_interval, log_metrics
 from drpo_lightning.metrics import TokenStatistics
 from drpo_lightning.modules.policy import StepOutput
 
@@ -60,7 +60,7 @@ class UpdateStatistics(Callback, ABC):
         batch_idx: int,  # noqa: ARG002
     ) -> None:
         """Adds the micro-batch; logs if it completed an optimizer update."""
-        interval = self.every_n_updates or trainer.log_every_n_steps
+        interval = self.every_n_updates or log_interval(trainer)
         # The update that this micro-batch belongs to, counted from 1, whether or not it is complete by now.
         is_complete = trainer.global_step != self._logged_step
         update = trainer.global_step if is_complete else trainer.global_step + 1

@@ -122,7 +122,7 @@ def _with_prompt(
     result = []
     for place, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{origin}, {place}: a row must be an object with columns, got {type(row).__name__}")  # noqa: TRY004
+            raise ValueError(f"{origin}, {place}: a row must be an object with columns, got {type(row).__name__}")
         for column in (prompt_column, *columns.values()):
             if row.get(column) is None:
                 raise ValueError(f"{origin}, {place}: no column {column!r}; it has {sorted(row)}")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from drpo_lightning.batch import Completion, Rollout, RolloutBatch, Sampling, ValidationBatch
 from drpo_lightning.datamodules.prompts import PromptSource

@@ -9,13 +9,13 @@ from jaxtyping import Bool, Float, Int
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from drpo_lightning.batch import RolloutBatch, Sampling, ValidationBatch
 from drpo_lightning.functional.aggregation import aggregate_loss
-from drpo_lightning.logs import log_metrics
+from drpo_lightning.logs import log_interval, log_metrics
 from drpo_lightning.metrics import ValidationStatistics
 from drpo_lightning.modules.policy_network import PolicyNetwork
 from drpo_lightning.objectives import DRPO, Objective, ObjectiveOutput
@@ -98,7 +98,7 @@ class PolicyModule(LightningModule, WeightSource):
         self.trust_remote_code = trust_remote_code
         self.validation_statistics = ValidationStatistics(pass_threshold)
         self.network: PolicyNetwork | None = None
-        self._update_loss = 0.0
+        self._update_loss: float | Tensor = 0.0
         self._grad_norm = float("nan")
         self._logged_step = 0
 
@@ -207,7 +207,7 @@ class PolicyModule(LightningModule, WeightSource):
         self._logged_step = self.trainer.global_step
         loss = self.trainer.strategy.reduce(torch.as_tensor(self._update_loss, device=self.device), reduce_op="sum")
         self._update_loss = 0.0
-        if self._logged_step % self.trainer.log_every_n_steps == 0:
+        if self._logged_step % log_interval(self.trainer) == 0:
             metrics = {
                 "optim/loss": float(loss),
                 "optim/grad_norm": self._grad_norm,
@@ -261,7 +261,7 @@ def shard(network: PolicyNetwork, mesh: DeviceMesh) -> None:
 
 def _local(parameter: Tensor) -> Tensor:
     """This rank's shard of a parameter."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[no-any-return]
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def check_model_folder(model: str) -> None:

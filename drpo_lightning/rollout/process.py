@@ -40,7 +40,7 @@ class EngineProcess:
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, child = context.Pipe()
-        self._buffer = torch.empty(bucket_bytes, dtype=torch.uint8).share_memory_()
+        self._buffer = torch.empty(bucket_bytes, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
         # Not a daemon, which could have no children of its own; `_watch_parent` sees to it that it never outlives us.
         with _environment(environment):
             self._process = context.Process(
