@@ -1,5 +1,6 @@
 """`drpo fit` and `drpo validate`: Lightning's command line over our module and data module."""
 
+import sys
 from typing import Any
 
 from jsonargparse import set_parsing_settings
@@ -9,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from drpo_lightning.callbacks import RolloutProgress
 from drpo_lightning.datamodules import RolloutDataModule
+from drpo_lightning.errors import SettingError
 from drpo_lightning.modules import PolicyModule
 
 TRAINER_DEFAULTS = {
@@ -37,6 +39,13 @@ class DRPOCommandLine(LightningCLI):
         parser.link_arguments("data.sampling.temperature", "model.temperature")
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
 
+    def instantiate_classes(self) -> None:
+        """Builds everything; a value that a class refuses is an error of the command line."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            self.parser.error(str(error))
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
         """Adds the progress bar, unless the configuration has one or wants none."""
         trainer_config = self._get(self.config_init, "trainer")
@@ -54,12 +63,15 @@ class DRPOCommandLine(LightningCLI):
 def main() -> None:
     """Runs the subcommand in `sys.argv`."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    DRPOCommandLine(
-        PolicyModule,
-        RolloutDataModule,
-        parser_kwargs={"parser_mode": "omegaconf+"},
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults=TRAINER_DEFAULTS,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-    )
+    try:
+        DRPOCommandLine(
+            PolicyModule,
+            RolloutDataModule,
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=TRAINER_DEFAULTS,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+        )
+    except SettingError as error:
+        sys.exit(f"drpo: error: {error}")

@@ -5,6 +5,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from drpo_lightning.batch import Sampling
+from drpo_lightning.errors import SettingError
 from drpo_lightning.logs import log_metrics
 from drpo_lightning.rollout.engine import EngineError, RolloutEngine
 from drpo_lightning.rollout.hooks import RolloutHooks
@@ -72,7 +73,7 @@ class SyncProbe(Callback, RolloutHooks):
         vocabulary = len(tokenizer)  # type: ignore[arg-type]
         length = min(2 * max(engine.cache_block_tokens, 16), engine.context_tokens - 2)
         if length <= engine.cache_block_tokens:
-            raise EngineError(
+            raise SettingError(
                 f"`SyncProbe` needs sequences longer than a block of the prefix cache ({engine.cache_block_tokens} "
                 f"tokens) to notice a stale one, and the context is {engine.context_tokens} tokens: set "
                 "`data.engine.init_args.max_model_len` higher, or leave the probe out"

@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from drpo_lightning.errors import SettingError
+
 
 class PromptSource(ABC):
     """A data set of prompts."""
@@ -14,7 +16,7 @@ class PromptSource(ABC):
         """The rows; `prompt` is a text, or a list of chat messages; the other columns go to the rewards.
 
         Raises:
-            ValueError: if there are no rows or a row is malformed, naming where.
+            SettingError: if there are no rows or a row is malformed, naming where.
         """
 
 
@@ -40,13 +42,13 @@ class FilePrompts(PromptSource):
     def load(self) -> list[dict[str, Any]]:
         """See `PromptSource.load`."""
         if not self.path.is_file():
-            raise ValueError(f"the data set {str(self.path)!r} does not exist")
+            raise SettingError(f"the data set {str(self.path)!r} does not exist")
         if self.path.suffix == ".parquet":
             rows = _read_parquet(self.path)
         elif self.path.suffix in (".jsonl", ".json"):
             rows = _read_jsonl(self.path)
         else:
-            raise ValueError(f"the data set {str(self.path)!r} must end in .jsonl, .json or .parquet")
+            raise SettingError(f"the data set {str(self.path)!r} must end in .jsonl, .json or .parquet")
         return _with_prompt(rows, self.prompt_column, self.columns, self.suffix, str(self.path))
 
 
@@ -96,9 +98,9 @@ def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
                 if line.strip():
                     rows.append((f"line {number}", json.loads(line)))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from error
+            raise SettingError(f"{path}, line {number}: not a JSON object: {error}") from error
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8: {error}") from error
+            raise SettingError(f"{path}: not UTF-8: {error}") from error
     return rows
 
 
@@ -109,7 +111,7 @@ def _read_parquet(path: Path) -> list[tuple[str, Any]]:
     try:
         table = parquet.read_table(path)
     except ArrowInvalid as error:
-        raise ValueError(f"{path}: not a Parquet file: {error}") from error
+        raise SettingError(f"{path}: not a Parquet file: {error}") from error
     return [(f"row {number}", row) for number, row in enumerate(table.to_pylist())]
 
 
@@ -118,17 +120,17 @@ def _with_prompt(
 ) -> list[dict[str, Any]]:
     """Gives the columns their names and checks every row."""
     if not rows:
-        raise ValueError(f"the data set {origin} is empty")
+        raise SettingError(f"the data set {origin} is empty")
     result = []
     for place, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{origin}, {place}: a row must be an object with columns, got {type(row).__name__}")
+            raise SettingError(f"{origin}, {place}: a row must be an object with columns, got {type(row).__name__}")
         for column in (prompt_column, *columns.values()):
             if row.get(column) is None:
-                raise ValueError(f"{origin}, {place}: no column {column!r}; it has {sorted(row)}")
+                raise SettingError(f"{origin}, {place}: no column {column!r}; it has {sorted(row)}")
         prompt = row[prompt_column]
         if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and prompt):
-            raise ValueError(
+            raise SettingError(
                 f"{origin}, {place}: {prompt_column!r} must be a text or a list of chat messages, got {prompt!r}"
             )
         renamed = {name: row[column] for name, column in columns.items()}

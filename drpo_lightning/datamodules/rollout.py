@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from drpo_lightning.batch import Completion, Rollout, RolloutBatch, Sampling, ValidationBatch
 from drpo_lightning.datamodules.prompts import PromptSource
+from drpo_lightning.errors import SettingError
 from drpo_lightning.functional.advantages import group_advantages
 from drpo_lightning.rewards.base import Reward, RewardBatch, combine_rewards, score_rewards
 from drpo_lightning.rollout.engine import EngineError, RolloutEngine
@@ -122,7 +123,10 @@ class RolloutDataModule(LightningDataModule):
         if stage == "fit":
             self._check_batch_sizes()
         if not self._rewards:
-            combine_rewards({}, {})
+            raise SettingError(
+                "`trainer.callbacks` has no reward: list a `RewardCallback`, such as "
+                "drpo_lightning.callbacks.ExactMatchReward"
+            )
         if self._tokenizer is None:
             self._load_tokenizer()
         context = self._context_tokens()
@@ -132,15 +136,15 @@ class RolloutDataModule(LightningDataModule):
             rows = self.val_prompts.load()
             self._val_rows = self._encode(rows, self.val_sampling.max_tokens, context, "data.val_prompts")
         if stage == "validate" and self.val_prompts is None:
-            raise ValueError("`data.val_prompts` must be set to validate")
+            raise SettingError("`data.val_prompts` must be set to validate")
 
     def _check_batch_sizes(self) -> None:
         ranks, micro_batches = self._trainer.world_size, self._num_micro_batches
         if self.num_prompts % ranks:
-            raise ValueError(f"`data.num_prompts` {self.num_prompts} must be a multiple of the {ranks} ranks")
+            raise SettingError(f"`data.num_prompts` {self.num_prompts} must be a multiple of the {ranks} ranks")
         samples = self.num_prompts * self.group_size // ranks
         if samples % micro_batches:
-            raise ValueError(
+            raise SettingError(
                 f"`data.num_prompts` x `data.group_size` = {samples} completions on each of {ranks} ranks cannot be "
                 f"split evenly into `data.num_updates` {self.num_updates} x `trainer.accumulate_grad_batches` "
                 f"{micro_batches // self.num_updates} = {micro_batches} micro-batches"
@@ -163,7 +167,9 @@ class RolloutDataModule(LightningDataModule):
         stop |= set(configured if isinstance(configured, list) else [configured])
         self._stop_token_ids = sorted(token for token in stop if token is not None)
         if not self._stop_token_ids:
-            raise ValueError(f"`model` {self.model_name!r} has no end-of-sequence token: no completion would ever end")
+            raise SettingError(
+                f"`model` {self.model_name!r} has no end-of-sequence token: no completion would end"
+            )
 
     def _context_tokens(self) -> int:
         from transformers import AutoConfig
@@ -181,9 +187,9 @@ class RolloutDataModule(LightningDataModule):
             # A chat template writes its special tokens itself.
             ids = self._tokenizer(text, add_special_tokens=add_special).input_ids
             if not ids:
-                raise ValueError(f"`{key}`: prompt {i} has no tokens: {text!r}")
+                raise SettingError(f"`{key}`: prompt {i} has no tokens: {text!r}")
             if len(ids) + max_tokens > context:
-                raise ValueError(
+                raise SettingError(
                     f"`{key}`: prompt {i} has {len(ids)} tokens and may be continued by {max_tokens} "
                     f"(`sampling.max_tokens`), more than the context of {context}: shorten or remove it, or lower "
                     f"`sampling.max_tokens`. It starts with {text[:60]!r}"
@@ -198,7 +204,7 @@ class RolloutDataModule(LightningDataModule):
         if self.system_prompt is not None:
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         if self._tokenizer.chat_template is None:
-            raise ValueError(f"`model` {self.model_name!r} has no chat template; set `data.prompt_format: raw`")
+            raise SettingError(f"`model` {self.model_name!r} has no chat template; set `data.prompt_format: raw`")
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     @property
@@ -421,7 +427,7 @@ class RolloutDataModule(LightningDataModule):
         """Takes up this rank's part of `state_dict`."""
         ranks = state_dict["ranks"]
         if len(ranks) != self._trainer.world_size:
-            raise ValueError(
+            raise SettingError(
                 f"the checkpoint is of {len(ranks)} ranks and this run has {self._trainer.world_size}: "
                 "resume it with as many"
             )

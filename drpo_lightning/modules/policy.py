@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from drpo_lightning.batch import RolloutBatch, Sampling, ValidationBatch
+from drpo_lightning.errors import SettingError
 from drpo_lightning.functional.aggregation import aggregate_loss
 from drpo_lightning.logs import log_interval, log_metrics
 from drpo_lightning.metrics import ValidationStatistics
@@ -281,19 +282,19 @@ def check_sampling(sampling: Sampling, objective: Objective, temperature: float)
     """Checks that mu, the distribution that is sampled from, is one that pi can be compared with.
 
     Raises:
-        ValueError: if not, naming the setting.
+        SettingError: if not, naming the setting.
     """
     if sampling.temperature == 0:
-        raise ValueError(
+        raise SettingError(
             "`data.sampling.temperature` must be positive in training, got 0: greedy samples teach nothing"
         )
     if sampling.temperature != temperature:
-        raise ValueError(
+        raise SettingError(
             f"`model.temperature` {temperature} must equal `data.sampling.temperature` {sampling.temperature}: "
             "pi is compared with the distribution that was sampled from"
         )
     if objective.uses_importance_ratio and not sampling.is_full_distribution:
-        raise ValueError(
+        raise SettingError(
             f"`data.sampling` top_p={sampling.top_p}, top_k={sampling.top_k} renormalises mu to a part of the "
             f"vocabulary, and {type(objective).__name__} divides by it; set top_p: 1.0 and top_k: 0"
         )

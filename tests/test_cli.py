@@ -1,0 +1,163 @@
+"""The command line: configurations are built, merged and refused with the key, the value and the way out."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch.callbacks import ProgressBar
+
+from drpo_lightning import cli
+from drpo_lightning.callbacks import RolloutProgress
+from drpo_lightning.objectives import DPPO, DRPO
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+ON_CPU = ("--trainer.accelerator=cpu",)
+TRANSFORMERS = "--data.engine=drpo_lightning.rollout.TransformersEngine"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs `drpo` with arguments, from the repository's root, logs in a temporary folder."""
+
+    def run(*arguments, config=QUICKSTART):
+        monkeypatch.chdir(ROOT)
+        logs = (f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}")
+        monkeypatch.setattr(sys, "argv", ["drpo", "fit", f"--config={config}", *logs, *arguments])
+        cli.main()
+
+    return run
+
+
+@pytest.fixture
+def build(run, monkeypatch):
+    """Builds everything that `drpo fit` would run, and returns the command line object."""
+    built = []
+    monkeypatch.setattr(cli.DRPOCommandLine, "_run_subcommand", lambda self, _: built.append(self))
+
+    def build(*arguments, config=QUICKSTART):
+        run(*ON_CPU, *arguments, config=config)
+        return built[-1]
+
+    return build
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_is_built_up_to_the_model(build, config):
+    command = build(config=config)
+    assert isinstance(command.model.objective, DRPO)
+    assert command.datamodule.model_name == command.model.model_name
+    assert command.model.network is None
+
+
+def test_the_papers_settings_are_in_the_recipe(build):
+    command = build(config=ROOT / "configs" / "qwen3_math.yaml")
+    model, data = command.model, command.datamodule
+    assert model.model_name == "Qwen/Qwen3-4B-Base"
+    assert (model.objective.delta, model.aggregation, model.horizon) == (12.5, "seq_mean_token_sum_norm", 8192)
+    assert (data.num_prompts * data.group_size, data.num_updates, data.advantage) == (512, 4, "group_mean")
+    assert (data.sampling.temperature, data.sampling.top_p, data.sampling.top_k) == (1.0, 1.0, 0)
+
+
+def test_interpolation_and_later_files_and_flags_win(build, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        "vars: {radius: 0.5}\n"
+        "model:\n  objective: {init_args: {delta: '${vars.radius}'}}\n"
+        "data: {num_updates: '${oc.env:DRPO_TEST_UPDATES,2}'}\n"
+    )
+    command = build(f"--config={overlay}")
+    assert command.model.objective.delta == 0.5
+    assert command.datamodule.num_updates == 2
+    assert build(f"--config={overlay}", "--vars.radius=0.7").model.objective.delta == 0.7
+
+
+def test_the_objective_is_swapped_in_one_line(build):
+    objective = build("--model.objective=DPPO", "--model.objective.divergence=binary_kl").model.objective
+    assert objective == DPPO("binary_kl")
+
+
+def test_the_temperature_of_the_policy_is_that_of_the_sampling(build):
+    assert build("--data.sampling.temperature=0.7").model.temperature == 0.7
+
+
+def test_the_printed_configuration_builds_the_same(build, run, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        run("--print_config", "--model.objective.delta=0.3", *ON_CPU)
+    assert stop.value.code in (0, None)
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert yaml.safe_load(printed.read_text())["model"]["objective"]["init_args"] == {"delta": 0.3}
+    assert build(config=printed).model.objective == DRPO(0.3)
+
+
+def test_a_progress_bar_is_there_unless_it_is_not_wanted(build):
+    assert any(isinstance(callback, RolloutProgress) for callback in build().trainer.callbacks)
+    without = build("--trainer.enable_progress_bar=false").trainer.callbacks
+    assert not any(isinstance(callback, ProgressBar) for callback in without)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.objective.delta=-1"], r"`delta` must be positive, in units of probability, got -1"),
+        (["--model.objective.delta=.nan"], r"`delta` must be positive, in units of probability, got nan"),
+        (["--model.objective.dleta=1"], r"dleta"),
+        (["--model.objective=Nonsense"], r"Nonsense"),
+        (["--model.lr=1"], r"model\.lr"),
+        (["--data.group_size=1"], r"`data\.group_size` must be at least 2, got 1"),
+        (["--data.num_updates=0"], r"`data\.num_updates` must be at least 1, got 0"),
+        (["--data.num_prompts=ten"], r"data\.num_prompts"),
+        (["--data.sampling.top_p=0"], r"`sampling\.top_p` must be in \(0, 1\], got 0"),
+        (["--data.sampling.temperature=-1"], r"`sampling\.temperature` must be 0 or positive, got -1"),
+        (["--model.model=models/nowhere/at/all"], r"'models/nowhere/at/all' is no folder"),
+        (["--model.model=configs"], r"'configs' has no config\.json"),
+        (["--model.aggregation=mean"], r"model\.aggregation"),
+        (["--model.aggregation=seq_mean_token_sum_norm"], r"`model\.horizon` must be positive"),
+        (["--trainer.callbacks+=my_rewards.Missing"], r"my_rewards\.Missing"),
+        (
+            ["--trainer.callbacks+=FunctionReward", "--trainer.callbacks.function=my_rewards.missing"],
+            r"`function` 'my_rewards\.missing' cannot be imported",
+        ),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_setting_is_refused_before_anything_is_loaded(run, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        run(*ON_CPU, *arguments)
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert re.search(message, text), text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.sampling.temperature=0"], r"`data\.sampling\.temperature` must be positive in training, got 0"),
+        (["--data.sampling.top_p=0.9"], r"top_p=0\.9, top_k=0 renormalises mu"),
+        (["--data.sampling.top_k=5"], r"top_k=5 renormalises mu"),
+        (["--data.num_updates=5"], r"512 completions .* cannot be split evenly into `data\.num_updates` 5"),
+        (["--trainer.accumulate_grad_batches=3"], r"`trainer\.accumulate_grad_batches` 3 = 12 micro-batches"),
+        (["--data.sampling.max_tokens=600"], r"more than the context of 512"),
+        (["--data.prompt_format=chat"], r"has no chat template; set `data\.prompt_format: raw`"),
+        (["--trainer.callbacks=null"], r"`trainer\.callbacks` has no reward"),
+        (["--data.prompts=FilePrompts", "--data.prompts.path=nowhere.jsonl"], r"'nowhere\.jsonl' does not exist"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_what_does_not_fit_together_is_refused_before_the_model_is_loaded(run, monkeypatch, arguments, message):
+    monkeypatch.setattr(
+        "drpo_lightning.modules.PolicyModule.configure_model", lambda self: pytest.fail("the model was loaded")
+    )
+    with pytest.raises(SystemExit, match=f"drpo: error: .*{message}"):
+        run(*ON_CPU, TRANSFORMERS, *arguments)
+
+
+def test_a_policy_folder_without_weights_is_refused(run, capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(SystemExit):
+        run(*ON_CPU, f"--model.model={tmp_path}")
+    assert f"`model` '{tmp_path}' has no weights" in capsys.readouterr().err
