@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 FLOORS = {
     "functional": 0,
     "batch": 0,
+    "errors": 0,
     "objectives": 1,
     "metrics": 1,
     "rollout": 1,

@@ -11,6 +11,8 @@ from drpo_lightning.modules.policy import StepOutput
 
 REGION_RADIUS = 0.2
 """|pi - mu| beyond which a token counts as outside, for every objective alike."""
+WEIGHT_TOLERANCE = 1e-3
+"""How far a gradient weight must be from 1 to count as attenuated or amplified: more than two engines' rounding."""
 SIGNS = ("", "_positive_adv", "_negative_adv")
 
 
@@ -19,9 +21,9 @@ class MaskStatistics(UpdateStatistics):
 
     For every objective: `grad_weight/mean`, `grad_weight/max`, `grad_weight/min`,
     `grad_weight/corrective_fraction` (w < 0), `grad_weight/attenuated_fraction` (0 <= w < 1),
-    `grad_weight/amplified_fraction` (w > 1), over tokens with A != 0; `region/outside_fraction` (|pi - mu| > 0.2 in
-    the direction of the advantage); `histogram/grad_weight`. For objectives with a mask: `mask/fraction`, the share
-    of tokens that it drops. A key that ends in `_positive_adv` or
+    `grad_weight/amplified_fraction` (w > 1), over tokens with A != 0, differences from 1 up to 0.001 not counted;
+    `region/outside_fraction` (|pi - mu| > 0.2 in the direction of the advantage); `histogram/grad_weight`. For
+    objectives with a mask: `mask/fraction`, the share of tokens that it drops. A key that ends in `_positive_adv` or
     `_negative_adv` is the share among the tokens of that sign.
 
     Args:
@@ -55,8 +57,8 @@ class MaskStatistics(UpdateStatistics):
         fractions = {
             "mask/fraction": nowhere if objective.keep is None else (~objective.keep).float(),
             "grad_weight/corrective_fraction": _indicator(weight < 0, weight),
-            "grad_weight/attenuated_fraction": _indicator((weight >= 0) & (weight < 1), weight),
-            "grad_weight/amplified_fraction": _indicator(weight > 1, weight),
+            "grad_weight/attenuated_fraction": _indicator((weight >= 0) & (weight < 1 - WEIGHT_TOLERANCE), weight),
+            "grad_weight/amplified_fraction": _indicator(weight > 1 + WEIGHT_TOLERANCE, weight),
             "region/outside_fraction": ((shift.abs() > REGION_RADIUS) & (shift * advantages > 0)).float(),
         }
         masks = {"_positive_adv": advantages > 0, "_negative_adv": advantages < 0}

@@ -167,9 +167,7 @@ class RolloutDataModule(LightningDataModule):
         stop |= set(configured if isinstance(configured, list) else [configured])
         self._stop_token_ids = sorted(token for token in stop if token is not None)
         if not self._stop_token_ids:
-            raise SettingError(
-                f"`model` {self.model_name!r} has no end-of-sequence token: no completion would end"
-            )
+            raise SettingError(f"`model` {self.model_name!r} has no end-of-sequence token: no completion would end")
 
     def _context_tokens(self) -> int:
         from transformers import AutoConfig
@@ -242,21 +240,25 @@ class RolloutDataModule(LightningDataModule):
         source = self._trainer.lightning_module
         if not isinstance(source, WeightSource):
             raise TypeError(f"the LightningModule must be a `WeightSource`, got {type(source).__name__}")
-        if self.engine.is_started:
-            self.engine.wake()
-        else:
-            self._expected_weights = model_weight_shapes(self.model_name, trust_remote_code=self.trust_remote_code)
-            self.engine.start(
-                self.model_name,
-                device=self._trainer.strategy.root_device,
-                num_ranks=self._trainer.world_size,
-                seed=self.seed + self._trainer.global_rank,
-            )
-        # Lightning validates in inference mode, in which a sharded model would keep tensors that it cannot train with.
+        # Lightning validates in inference mode: an engine started in it could not take weights outside of it, and a
+        # sharded policy would keep tensors that it cannot train with.
         with torch.inference_mode(mode=False), torch.no_grad():
+            if self.engine.is_started:
+                self.engine.wake()
+            else:
+                self._start_engine()
             self._load_weights(source)
             for hook in self._hooks:
                 hook.on_engine_refresh(self._trainer, self._trainer.lightning_module, self.engine)
+
+    def _start_engine(self) -> None:
+        self._expected_weights = model_weight_shapes(self.model_name, trust_remote_code=self.trust_remote_code)
+        self.engine.start(
+            self.model_name,
+            device=self._trainer.strategy.root_device,
+            num_ranks=self._trainer.world_size,
+            seed=self.seed + self._trainer.global_rank,
+        )
 
     def _load_weights(self, source: WeightSource) -> None:
         """Sends the weights, after checking names, shapes and finiteness."""

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from drpo_lightning.batch import Sampling
 from drpo_lightning.callbacks import FunctionReward
 from drpo_lightning.datamodules import ArithmeticPrompts, PromptSource
+from drpo_lightning.errors import SettingError
 from drpo_lightning.rewards.base import RewardError
 from drpo_lightning.rollout import RolloutHooks, TransformersEngine
 
@@ -527,7 +528,7 @@ def test_the_engine_may_make_the_context_shorter(make_run):
 
 def test_a_run_needs_a_reward(make_run):
     engine = WatchedEngine()
-    with pytest.raises(RewardError, match="there is no reward: list a `RewardCallback`"):
+    with pytest.raises(SettingError, match=r"`trainer\.callbacks` has no reward: list a `RewardCallback`"):
         make_run(data={"engine": engine}, rewards=[]).fit()
     assert not engine.calls
 
@@ -544,7 +545,7 @@ def test_a_model_that_never_ends_is_refused(make_run, copied_model):
     model = copied_model(
         tokenizer_config={"eos_token": None}, generation_config={"eos_token_id": None}, config={"eos_token_id": None}
     )
-    with pytest.raises(ValueError, match="has no end-of-sequence token: no completion would ever end"):
+    with pytest.raises(ValueError, match="has no end-of-sequence token: no completion would end"):
         make_run(data={"model": model}).fit()
 
 
@@ -626,6 +627,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_run, make_recorder, tmp_
     left = [trained_sequences([b]) for batches in second.batches for b in batches]
     assert left == [trained_sequences([b]) for batches in recorder.batches for b in batches][8 * at[0] + at[1] + 1 :]
     assert len(second.rollouts) == 2 - at[0]
+
+
+@pytest.mark.xfail(strict=True, reason="a checkpoint has no gradients: those of the update's first part are lost")
+def test_a_run_resumed_inside_an_update_equals_an_uninterrupted_one(make_run, make_recorder, tmp_path):
+    whole, again, *_ = resumed(
+        make_run, make_recorder, tmp_path / "run.ckpt", at=(1, 0), trainer={"accumulate_grad_batches": 2}
+    )
+    torch.testing.assert_close(weights_of(whole), weights_of(again))
 
 
 @pytest.mark.xfail(strict=True, reason="`state_dict` takes a rollout cut by `limit_train_batches` for one in use")

@@ -144,8 +144,3 @@ def test_a_completion_that_no_reward_applies_to_is_refused():
     parts = {"a": torch.tensor([1.0, math.nan, 2.0]), "b": torch.tensor([10.0, math.nan, math.nan])}
     with pytest.raises(RewardError, match="no reward applies to completion 1: all returned None"):
         combine_rewards(parts, {"a": 1.0, "b": 1.0})
-
-
-def test_no_reward_at_all_names_the_way_out():
-    with pytest.raises(RewardError, match=r"there is no reward: list a `RewardCallback` under `trainer\.callbacks`"):
-        combine_rewards({}, {})

@@ -1,0 +1,411 @@
+"""The LightningModule: its loss and its updates do not depend on how an update is split into micro-batches."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from drpo_lightning.batch import Sampling
+from drpo_lightning.datamodules import ArithmeticPrompts
+from drpo_lightning.modules import PolicyModule
+from drpo_lightning.modules.policy import check_model_folder, check_sampling, fraction_rounded_away
+from drpo_lightning.objectives import DPPO, DRPO, ClippedRatio, Objective, Unregularized
+
+AGGREGATIONS = [
+    {"aggregation": "token_mean"},
+    {"aggregation": "seq_mean_token_mean"},
+    {"aggregation": "seq_mean_token_sum_norm", "horizon": 50},
+]
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def weights_of(run):
+    return torch.cat([parameter.detach().flatten() for parameter in run.module.parameters()])
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """The scalars that runs log, as (step, value) by name."""
+    scalars = {}
+
+    def keep(self, metrics, step=None):
+        for name, value in metrics.items():
+            scalars.setdefault(name, []).append((step, value))
+
+    monkeypatch.setattr(DummyLogger, "log_metrics", keep)
+    return scalars
+
+
+# ---------------------------------------------------------------- one update, however it is split
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=lambda settings: settings["aggregation"])
+def test_updates_do_not_depend_on_the_micro_batches(make_run, logged, aggregation):
+    weights = []
+    for accumulate in (1, 2, 8):
+        run = make_run(
+            trainer={"accumulate_grad_batches": accumulate, "logger": DummyLogger()},
+            module={"optimizer": sgd, "objective": DRPO(0.2)} | aggregation,
+        )
+        run.fit()
+        weights.append(weights_of(run))
+    before = weights_of(make_started(make_run))
+    assert (weights[0] - before).abs().max() > 1e-3
+    for other in weights[1:]:
+        torch.testing.assert_close(weights[0], other, rtol=1e-4, atol=1e-5)
+    for name in ("optim/loss", "optim/grad_norm"):
+        steps, values = zip(*logged[name], strict=True)
+        assert steps == (1, 2) * 3
+        for i in (0, 1):
+            assert values[i::2] == pytest.approx([values[i]] * 3, rel=1e-3, abs=1e-6)
+
+
+def make_started(make_run):
+    """A run whose model is loaded and not trained."""
+    run = make_run()
+    run.module.trainer = run.trainer
+    run.module.configure_model()
+    return run
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=lambda settings: settings["aggregation"])
+def test_an_incomplete_update_has_the_loss_of_its_own_sequences(make_run, make_recorder, logged, aggregation):
+    recorder = make_recorder()
+    make_run(
+        recorder,
+        trainer={"accumulate_grad_batches": 4, "limit_train_batches": 6, "logger": DummyLogger()},
+        module={"optimizer": sgd, "objective": DRPO(0.2)} | aggregation,
+    ).fit()
+    losses = [loss_of(recorder.batches[0][i], recorder.outputs[i], aggregation) for i in (slice(0, 4), slice(4, 6))]
+    assert [value for _, value in logged["optim/loss"]] == pytest.approx(losses, rel=1e-4, abs=1e-7)
+
+
+def loss_of(batches, outputs, settings):
+    """The loss of an update from its tokens, one sequence at a time."""
+    sequences = [
+        row[sampled].double()
+        for batch, output in zip(batches, outputs, strict=True)
+        for row, sampled in zip(output["objective"].loss, batch.completion_mask, strict=True)
+    ]
+    match settings["aggregation"]:
+        case "token_mean":
+            return torch.cat(sequences).mean().item()
+        case "seq_mean_token_mean":
+            return sum(row.mean().item() for row in sequences) / len(sequences)
+        case _:
+            return sum(row.sum().item() for row in sequences) / settings["horizon"] / len(sequences)
+
+
+def test_the_gradient_norm_is_that_of_the_update_before_clipping(make_run, make_recorder, logged):
+    changes, before = [], [None]
+
+    def watch(trainer, pl_module, batch_idx):
+        now = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
+        if batch_idx % 2 == 1:
+            changes.append(float((now - before[0]).norm()))
+        before[0] = now.clone()
+
+    learning_rate, clip = 0.1, 1e-3
+    make_run(
+        make_recorder(watch),
+        trainer={"accumulate_grad_batches": 2, "gradient_clip_val": clip, "logger": DummyLogger()},
+        module={"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=learning_rate)},
+        data={"num_updates": 4},
+    ).fit()
+    norms = [value for _, value in logged["optim/grad_norm"]]
+    assert len(norms) == 4
+    assert min(norms) > 10 * clip
+    assert changes == pytest.approx([learning_rate * clip] * 4, rel=1e-2)
+
+
+def test_without_clipping_the_step_is_the_gradient_norm(make_run, make_recorder, logged):
+    states = []
+    run = make_run(
+        make_recorder(lambda trainer, pl_module, batch_idx: states.append(weights_of(run).clone())),
+        trainer={"logger": DummyLogger()},
+        module={"optimizer": sgd},
+    )
+    run.fit()
+    (_, _), (_, norm) = logged["optim/grad_norm"]
+    assert 0.1 * norm == pytest.approx(float((states[1] - states[0]).norm()), rel=1e-3)
+
+
+def test_the_first_update_follows_the_plain_policy_gradient(make_run, make_recorder):
+    """At pi = mu every objective is r A with w = 1."""
+    weights = []
+    for objective in (DRPO(0.2), DPPO(), ClippedRatio(), Unregularized()):
+        run = make_run(module={"objective": objective, "optimizer": sgd}, data={"num_updates": 1})
+        run.fit()
+        weights.append(weights_of(run))
+    for other in weights[1:]:
+        torch.testing.assert_close(weights[0], other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_policy_learns_what_is_rewarded(make_run, make_recorder):
+    from drpo_lightning.callbacks import FunctionReward
+
+    def brevity(completion_ids, **_):
+        return [-float(len(ids)) for ids in completion_ids]
+
+    recorder = make_recorder()
+    make_run(
+        recorder,
+        rewards=[FunctionReward(brevity)],
+        trainer={"max_epochs": 12, "gradient_clip_val": 1.0},
+        module={"objective": DRPO(0.2), "optimizer": lambda p: torch.optim.AdamW(p, lr=2e-3)},
+        data={"num_prompts": 8, "group_size": 8},
+    ).fit()
+    lengths = [-float(rollout.rewards.mean()) for rollout in recorder.rollouts]
+    assert lengths[-1] < lengths[0] - 0.5
+
+
+# ---------------------------------------------------------------- logs, optimizer, schedule
+
+
+@pytest.mark.parametrize(("log_every_n_steps", "steps"), [(1, [1, 2, 3, 4]), (2, [2, 4])])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_update_is_logged_once(make_run, logged, log_every_n_steps, steps, accumulate):
+    make_run(
+        trainer={
+            "max_epochs": 2,
+            "accumulate_grad_batches": accumulate,
+            "log_every_n_steps": log_every_n_steps,
+            "logger": DummyLogger(),
+        },
+    ).fit()
+    for name in ("optim/loss", "optim/grad_norm", "optim/learning_rate"):
+        assert [step for step, _ in logged[name]] == steps
+        assert all(math.isfinite(value) for _, value in logged[name])
+
+
+@pytest.mark.xfail(strict=True, reason="`_logged_step` starts at 0: the first micro-batch is taken for an update")
+def test_a_resumed_run_logs_whole_updates_only(make_run, make_recorder, logged, tmp_path):
+    def save(trainer, pl_module, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (0, 3):
+            trainer.save_checkpoint(tmp_path / "run.ckpt")
+
+    settings = {"max_epochs": 2, "accumulate_grad_batches": 2, "logger": DummyLogger()}
+    make_run(make_recorder(save), trainer=settings).fit()
+    whole = dict(logged["optim/loss"])
+    logged.clear()
+    make_run(trainer=settings).fit(ckpt_path=tmp_path / "run.ckpt")
+    assert logged["optim/loss"] == [(3, whole[3]), (4, whole[4])]
+
+
+def test_the_schedule_advances_with_every_update(make_run, logged):
+    make_run(
+        trainer={"max_epochs": 2, "accumulate_grad_batches": 2, "logger": DummyLogger()},
+        module={
+            "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+            "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
+        },
+    ).fit()
+    assert len({value for _, value in logged["optim/learning_rate"]}) == 4
+    ratios = [
+        b / a for (_, a), (_, b) in zip(logged["optim/learning_rate"], logged["optim/learning_rate"][1:], strict=False)
+    ]
+    assert ratios == [0.5] * 3
+
+
+def test_the_default_optimizer_is_the_papers(make_run, model_folder):
+    module = PolicyModule(model_folder)
+    module.trainer = make_run().trainer
+    module.configure_model()
+    optimizer = module.configure_optimizers()
+    assert type(optimizer) is torch.optim.AdamW
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (1e-6, 0.01)
+
+
+def test_validation_is_logged_before_the_first_update(make_run, logged):
+    make_run(
+        trainer={"logger": DummyLogger(), "num_sanity_val_steps": -1},
+        data={"val_prompts": ArithmeticPrompts("validation", max_operand=9, num_validation=20), "val_num_samples": 4},
+    ).fit()
+    for name in ("val/reward/mean", "val/pass@1", "val/pass@2", "val/pass@4", "val/completions/mean_length"):
+        assert [step for step, _ in logged[name]] == [0, 2]
+
+
+def test_the_threshold_of_passing_is_a_setting(make_run, logged):
+    for threshold in (0.0, 1.1):
+        make_run(
+            trainer={"logger": DummyLogger()},
+            module={"pass_threshold": threshold},
+            data={"val_prompts": ArithmeticPrompts("validation", max_operand=9, num_validation=20)},
+        ).fit()
+    assert {value for _, value in logged["val/pass@1"][:2]} == {1.0}
+    assert {value for _, value in logged["val/pass@1"][2:]} == {0.0}
+
+
+# ---------------------------------------------------------------- model
+
+
+def test_the_policy_is_loaded_in_float32_and_without_dropout(make_run):
+    network = make_started(make_run).module.network
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    assert not network.language_model.training
+    assert network.temperature == 1.5
+
+
+def test_the_policy_is_loaded_once(make_run):
+    module = make_started(make_run).module
+    network = module.network
+    module.configure_model()
+    assert module.network is network
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(make_run):
+    weights = []
+    for checkpointing in (False, True):
+        run = make_run(module={"gradient_checkpointing": checkpointing, "optimizer": sgd})
+        run.fit()
+        weights.append(weights_of(run))
+        assert run.module.network.language_model.is_gradient_checkpointing == checkpointing
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_small_chunks_change_nothing(make_run):
+    weights = []
+    for size in (1024, 5):
+        run = make_run(module={"logprob_chunk_size": size, "optimizer": sgd})
+        run.fit()
+        weights.append(weights_of(run))
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_tied_weights_are_named_twice_and_counted_once(make_run):
+    module = make_started(make_run).module
+    weights = dict(module.named_weights())
+    assert weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
+    assert {name: tensor.shape for name, tensor in weights.items()} == module.weight_shapes()
+    assert not any(tensor.requires_grad for tensor in weights.values())
+
+
+def test_a_checkpoint_names_its_model(make_run, make_recorder, model_folder, tmp_path):
+    path = tmp_path / "run.ckpt"
+    make_run(make_recorder(lambda trainer, *_: trainer.save_checkpoint(path))).fit()
+    assert torch.load(path, weights_only=True)["policy"] == {"model": model_folder, "trust_remote_code": False}
+
+
+# ---------------------------------------------------------------- settings that cannot work
+
+
+def test_a_folder_without_a_model_is_named(model_folder, tmp_path):
+    folder = tmp_path / "model"
+    with pytest.raises(ValueError, match=rf"`model` '{folder}' is no folder; a name on the Hugging Face hub"):
+        check_model_folder(str(folder))
+    folder.mkdir()
+    with pytest.raises(ValueError, match=rf"'{folder}' has no config\.json: it is no folder of a transformers model"):
+        check_model_folder(str(folder))
+    shutil.copy(f"{model_folder}/config.json", folder)
+    with pytest.raises(ValueError, match=rf"'{folder}' has no weights: no \*\.safetensors or pytorch_model\*\.bin"):
+        check_model_folder(str(folder))
+    shutil.copy(f"{model_folder}/model.safetensors", folder)
+    check_model_folder(str(folder))
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "../nowhere", "~/nowhere", "a/b/c", "/nowhere"])
+def test_what_looks_like_a_path_and_is_none_is_refused(model):
+    with pytest.raises(ValueError, match="is no folder"):
+        PolicyModule(model)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "Qwen/Qwen3-4B-Base"])
+def test_a_name_on_the_hub_is_not_looked_up(model):
+    PolicyModule(model)
+
+
+@pytest.mark.xfail(strict=True, reason="`~` is expanded when the folder is checked, and not when it is loaded")
+def test_a_model_in_the_home_folder_is_loaded(make_run, model_folder, monkeypatch, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_run(module={"model": "~/model"}, data={"model": "~/model"}).fit()
+
+
+@pytest.mark.parametrize("horizon", [None, 0, -1])
+def test_the_sum_over_tokens_needs_a_horizon(model_folder, horizon):
+    with pytest.raises(ValueError, match=rf"`model\.horizon` must be positive .*got {horizon}; the paper takes 8192"):
+        PolicyModule(model_folder, aggregation="seq_mean_token_sum_norm", horizon=horizon)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "temperature", "message"),
+    [
+        (Sampling(temperature=0.0), 0.0, r"`data\.sampling\.temperature` must be positive in training, got 0"),
+        (Sampling(temperature=0.7), 1.0, r"`model\.temperature` 1\.0 must equal `data\.sampling\.temperature` 0\.7"),
+        (Sampling(top_p=0.9), 1.0, "top_p=0.9, top_k=0 renormalises mu .*DRPO divides by it; set top_p: 1.0"),
+        (Sampling(top_k=20), 1.0, "top_p=1.0, top_k=20 renormalises mu"),
+    ],
+)
+def test_samples_of_another_distribution_are_refused(make_run, sampling, temperature, message):
+    with pytest.raises(ValueError, match=message):
+        check_sampling(sampling, DRPO(), temperature)
+    run = make_run(module={"temperature": temperature}, data={"sampling": sampling})
+    with pytest.raises(ValueError, match=message):
+        run.fit()
+    assert run.module.network is None
+
+
+def test_samples_of_the_same_distribution_are_taken():
+    check_sampling(Sampling(temperature=0.7), DRPO(), 0.7)
+
+
+class NoRatio(Objective):
+    uses_importance_ratio = False
+    required_inputs = frozenset({"proximal_logprobs"})
+
+    def terms(self, tokens):
+        raise NotImplementedError
+
+    def describe(self):
+        return "NoRatio"
+
+
+def test_an_objective_without_a_ratio_may_take_any_sampling():
+    check_sampling(Sampling(top_p=0.5, top_k=3), NoRatio(), 1.0)
+
+
+def test_an_objective_that_needs_more_is_refused_at_once(model_folder):
+    with pytest.raises(ValueError, match=r"NoRatio needs \['proximal_logprobs'\], which the caller does not provide"):
+        PolicyModule(model_folder, objective=NoRatio())
+
+
+# ---------------------------------------------------------------- precision
+
+
+def test_a_step_is_lost_on_parameters_that_are_too_coarse():
+    parameters = [torch.tensor([1.0, 1e-3, 0.0, -2.0], dtype=torch.bfloat16)]
+    assert fraction_rounded_away(parameters, 1e-3) == 0.5
+    assert fraction_rounded_away(parameters, 1e-7) == 0.75
+    assert fraction_rounded_away(parameters, 1.0) == 0.0
+
+
+def test_float32_parameters_are_not_counted():
+    assert fraction_rounded_away([torch.ones(4)], 1e-9) == 0.0
+    mixed = [torch.ones(4), torch.ones(4, dtype=torch.bfloat16)]
+    assert fraction_rounded_away(mixed, 1e-6) == 1.0
+    assert fraction_rounded_away([], 1e-6) == 0.0
+
+
+def small_steps(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-6)
+
+
+def test_a_run_in_bfloat16_with_small_steps_warns(make_run):
+    run = make_run(trainer={"precision": "bf16-true"}, module={"optimizer": small_steps})
+    with pytest.warns(UserWarning, match=r"lr 1e-06 is too small for parameters in bfloat16: .* 32-true or bf16-mixed"):
+        run.fit()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_float32_parameters_take_small_steps_without_a_warning(make_run, precision):
+    run = make_run(trainer={"precision": precision}, module={"optimizer": small_steps})
+    before = weights_of(make_started(make_run))
+    run.fit()
+    assert {parameter.dtype for parameter in run.module.parameters()} == {torch.float32}
+    assert (weights_of(run) != before).float().mean() > 0.9

@@ -1,0 +1,126 @@
+"""Training as a whole: it learns, it resumes exactly, and it does not depend on how an update is split."""
+
+import csv
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from drpo_lightning.batch import Sampling
+from drpo_lightning.callbacks import ExactMatchReward
+from drpo_lightning.datamodules import ArithmeticPrompts
+from drpo_lightning.objectives import DPPO, DRPO, ClippedRatio, Unregularized
+
+ROOT = Path(__file__).parent.parent
+
+
+def weights(run):
+    return {name: tensor.clone() for name, tensor in run.module.named_weights()}
+
+
+def assert_equal_weights(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    "objective", [DRPO(0.2), DRPO(12.5), DPPO(), ClippedRatio(), Unregularized()], ids=lambda o: type(o).__name__
+)
+def test_every_objective_learns_to_add(make_run, make_recorder, objective):
+    recorder = make_recorder()
+    run = make_run(
+        recorder,
+        rewards=[ExactMatchReward()],
+        trainer={"max_epochs": 12, "gradient_clip_val": 1.0},
+        module={
+            "objective": objective,
+            "temperature": 1.0,
+            "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+        },
+        data={
+            "prompts": ArithmeticPrompts(),
+            "num_prompts": 64,
+            "group_size": 8,
+            "num_updates": 4,
+            "sampling": Sampling(max_tokens=8),
+        },
+    )
+    run.fit()
+    rewards = [rollout.rewards.mean().item() for rollout in recorder.rollouts]
+    assert sum(rewards[-2:]) / 2 > rewards[0] + 0.15, rewards
+
+
+@pytest.mark.parametrize("stop_after_step", [3, 4, 5], ids=["mid-rollout", "between rollouts", "first update"])
+def test_a_resumed_run_equals_one_that_was_never_stopped(make_run, tmp_path, stop_after_step):
+    whole = make_run(trainer={"max_epochs": 4})
+    whole.fit()
+
+    def stopped(folder):
+        checkpoint = ModelCheckpoint(
+            dirpath=folder, filename="at-{step}", every_n_train_steps=stop_after_step, save_top_k=-1
+        )
+        return make_run(checkpoint, trainer={"max_epochs": 4, "enable_checkpointing": True})
+
+    stopped(tmp_path).fit()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*exists and is not empty")
+        resumed = stopped(tmp_path)
+        resumed.fit(ckpt_path=tmp_path / f"at-step={stop_after_step}.ckpt")
+    assert resumed.trainer.global_step == whole.trainer.global_step == 8
+    assert_equal_weights(weights(resumed), weights(whole))
+
+
+def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(make_run):
+    first, again, other = (make_run(data={"seed": seed}) for seed in (1, 1, 2))
+    for run in (first, again, other):
+        run.fit()
+    assert_equal_weights(weights(first), weights(again))
+    assert not torch.equal(weights(first)["model.norm.weight"], weights(other)["model.norm.weight"])
+
+
+def logged(folder, *arguments):
+    """Metrics of a run of the quickstart on transformers, by name and step."""
+    command = [sys.executable, "-m", "drpo_lightning", "fit", "--config=configs/quickstart.yaml"]
+    command += ["--data.engine=drpo_lightning.rollout.TransformersEngine", "--trainer.accelerator=cpu"]
+    command += ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={folder}", "--trainer.max_epochs=2"]
+    command += [f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false", *arguments]
+    result = subprocess.run(command, cwd=ROOT, check=False, timeout=400, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    with next(folder.glob("**/metrics.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    return {
+        (name, int(row["step"])): float(value)
+        for row in rows
+        for name, value in row.items()
+        if value and name not in ("step", "epoch") and not name.startswith("perf/")
+    }
+
+
+FSDP2 = "{class_path: ModelParallelStrategy, init_args: {data_parallel_size: 2, tensor_parallel_size: 1}}"
+
+
+def test_ranks_and_micro_batches_change_nothing(tmp_path):
+    # One update per rollout takes all its completions, whose seeds belong to the prompts: only the split differs.
+    runs = {
+        "whole": [],
+        "micro-batches": ["--trainer.accumulate_grad_batches=4"],
+        "ddp": ["--trainer.devices=2", "--trainer.strategy=ddp"],
+        "fsdp2": ["--trainer.devices=2", f"--trainer.strategy={FSDP2}", "--trainer.accumulate_grad_batches=2"],
+    }
+    metrics = {}
+    for name, arguments in runs.items():
+        (tmp_path / name).mkdir()
+        metrics[name] = logged(tmp_path / name, "--data.num_updates=1", *arguments)
+    whole = metrics.pop("whole")
+    assert {"optim/loss", "optim/grad_norm", "divergence/k3_kl", "grad_weight/mean", "reward/mean"} <= {
+        name for name, _ in whole
+    }
+    for name, other in metrics.items():
+        assert other.keys() == whole.keys(), name
+        for key in whole:
+            assert other[key] == pytest.approx(whole[key], rel=2e-3, abs=2e-5), (name, key)
