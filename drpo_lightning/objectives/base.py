@@ -67,10 +67,12 @@ class Objective(ABC):
     Attributes:
         required_inputs: names of the optional inputs that the objective cannot do without.
         uses_importance_ratio: True if r = pi / mu enters, so that pi and mu must have the same support.
+        has_mask: True if the objective drops tokens and returns `keep`.
     """
 
     required_inputs: ClassVar[frozenset[str]] = frozenset()
     uses_importance_ratio: ClassVar[bool] = True
+    has_mask: ClassVar[bool] = False
 
     @abstractmethod
     def terms(self, tokens: TokenInputs) -> TokenTerms:

@@ -1,7 +1,7 @@
 """PPO's and GRPO's clipped importance ratio."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -55,6 +55,8 @@ class ClippedRatio(Objective):
     Raises:
         ValueError: if a bound is out of range.
     """
+
+    has_mask: ClassVar[bool] = True
 
     clip_low: float = 0.2
     clip_high: float = 0.28

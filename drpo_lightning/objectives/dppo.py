@@ -1,7 +1,7 @@
 """DPPO: the importance-weighted policy gradient under a hard divergence mask."""
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -63,6 +63,8 @@ class DPPO(Objective):
     Raises:
         ValueError: if the divergence is unknown or the threshold is not positive.
     """
+
+    has_mask: ClassVar[bool] = True
 
     divergence: Literal["binary_tv", "binary_kl"] = "binary_tv"
     threshold: float | None = None

@@ -120,8 +120,8 @@ def test_gradient_weights_equal_a_float64_computation(micro_batches, make_memory
     weight = 1 - np.sign(advantages) * shift / delta
     weight[abs(log_pi - log_mu) > 20] = 0.0
     signed = advantages != 0
-    # On-policy tokens have w = 1, which rounds to either side.
-    settled = abs(shift) > 1e-5
+    # On-policy tokens have w = 1 up to rounding, which counts as neither.
+    settled = abs(weight - 1) > 1e-3
     regions = {
         "grad_weight/corrective_fraction": (weight < 0, signed),
         "grad_weight/attenuated_fraction": ((weight >= 0) & (weight < 1) & settled, signed),
@@ -139,6 +139,14 @@ def test_gradient_weights_equal_a_float64_computation(micro_batches, make_memory
         expected[f"{name}_negative_adv"] = share(condition, advantages < 0)
     found = logged(MaskStatistics(), DRPO(delta), micro_batches, make_memory())
     assert found == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in expected.items()}
+
+
+def test_rounding_on_policy_neither_attenuates_nor_amplifies(make_run, make_memory):
+    logger = make_memory()
+    make_run(MaskStatistics(), trainer={"logger": logger}, module={"objective": DRPO(0.2)}).fit()
+    for kind in ("corrective", "attenuated", "amplified"):
+        assert logger.values(f"grad_weight/{kind}_fraction")[0] == 0
+    assert logger.values("grad_weight/attenuated_fraction")[1] > 0
 
 
 @pytest.mark.parametrize(("divergence", "threshold"), [("binary_tv", 0.15), ("binary_kl", 0.05)])
@@ -208,9 +216,7 @@ def test_what_is_logged_does_not_depend_on_the_micro_batches(make_run, make_memo
     assert max(whole.values("policy_shift/abs_max")) > 0.02
     for name in whole.scalars:
         assert whole.steps(name) == split.steps(name)
-        # At the first update pi = mu up to rounding, and so w = 1: on which side of 1 is not for comparison.
-        first = 1 if "attenuated" in name or "amplified" in name else 0
-        assert whole.values(name)[first:] == pytest.approx(split.values(name)[first:], rel=1e-3, abs=1e-5), name
+        assert whole.values(name) == pytest.approx(split.values(name), rel=1e-3, abs=1e-5), name
 
 
 def test_the_first_update_of_a_rollout_is_on_policy_and_the_next_is_not(make_run, make_memory):

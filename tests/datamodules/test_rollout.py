@@ -412,13 +412,6 @@ def test_validation_alone_needs_no_training_prompts(make_run):
     assert not run.data.engine.is_started
 
 
-@pytest.mark.xfail(strict=True, reason="logged with `logger=False`, so that Lightning prints and returns no scores")
-def test_validation_alone_returns_the_scores(make_run):
-    run = make_run(data={"val_prompts": Listed("1+1=", "2+2=")})
-    (metrics,) = run.trainer.validate(run.module, run.data)
-    assert "val/reward/mean" in metrics
-
-
 @pytest.mark.xfail(strict=True, raises=UserWarning, reason="`val_dataloader` gives an empty list: Lightning warns")
 def test_a_run_without_validation_prompts_needs_no_other_setting(make_run):
     make_run(trainer={"limit_val_batches": 1.0}).fit()

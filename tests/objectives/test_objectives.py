@@ -354,3 +354,7 @@ def test_required_inputs_reach_the_objective_masked_and_without_a_gradient(make_
 def test_an_objective_without_formula_or_description_cannot_be_made():
     with pytest.raises(TypeError, match=r"abstract methods? .*describe.*terms"):
         Objective()
+
+
+def test_an_objective_says_whether_it_has_a_mask(objective, make_tokens):
+    assert (objective(*make_tokens(0)).keep is not None) == objective.has_mask
