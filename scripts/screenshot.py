@@ -54,8 +54,7 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=2300)
     args = parser.parse_args()
     server = subprocess.Popen(
-        [sys.executable, "-m", "tensorboard.main", "--logdir", str(args.logdir), "--port", str(PORT)]
-        + ["--host", "127.0.0.1", "--load_fast=false"]
+        [sys.executable, "-m", "tensorboard.main", f"--logdir={args.logdir}", f"--port={PORT}", "--host=127.0.0.1"]
     )
     try:
         wait_until_served(f"http://127.0.0.1:{PORT}/data/runs")
