@@ -161,3 +161,13 @@ def test_a_policy_folder_without_weights_is_refused(run, capsys, tmp_path):
     with pytest.raises(SystemExit):
         run(*ON_CPU, f"--model.model={tmp_path}")
     assert f"`model` '{tmp_path}' has no weights" in capsys.readouterr().err
+
+
+def test_a_column_that_a_reward_needs_is_missed_before_the_model_is_loaded(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "drpo_lightning.modules.PolicyModule.configure_model", lambda self: pytest.fail("the model was loaded")
+    )
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2=", "result": "3"}\n')
+    message = r"`data\.prompts`: row 1 has no column 'answer', which the reward 'exact_match' needs"
+    with pytest.raises(SystemExit, match=message):
+        run(*ON_CPU, TRANSFORMERS, "--data.prompts=FilePrompts", f"--data.prompts.path={tmp_path / 'prompts.jsonl'}")

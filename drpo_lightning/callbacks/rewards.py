@@ -1,6 +1,7 @@
 """Rewards that are plugged in as callbacks."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ class FunctionReward(RewardCallback):
     def __init__(self, function: str | Callable[..., Any], weight: float = 1.0, name: str | None = None) -> None:
         self.function = import_function(function) if isinstance(function, str) else function
         super().__init__(weight, name or getattr(self.function, "__name__", "function"))
+        self.required_columns = _named_columns(self.function)
 
     def score(self, batch: RewardBatch) -> Sequence[float | None]:
         """Calls the function."""
@@ -66,6 +68,17 @@ class FunctionReward(RewardCallback):
                 **batch.columns,
             )
         )
+
+
+def _named_columns(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that a function cannot do without, apart from those that it always gets."""
+    return [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in ("prompts", "completions", "completion_ids", "finish_reasons")
+        and parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
 
 
 def import_function(path: str) -> Callable[..., Any]:
@@ -98,6 +111,7 @@ class ExactMatchReward(RewardCallback):
     def __init__(self, column: str = "answer", weight: float = 1.0, name: str = "exact_match") -> None:
         super().__init__(weight, name)
         self.column = column
+        self.required_columns = (column,)
 
     def score(self, batch: RewardBatch) -> Sequence[float | None]:
         """See `drpo_lightning.rewards.exact_match`."""
@@ -119,6 +133,7 @@ class NumericAnswerReward(RewardCallback):
     ) -> None:
         super().__init__(weight, name)
         self.column = column
+        self.required_columns = (column,)
         self.boxed = boxed
 
     def score(self, batch: RewardBatch) -> Sequence[float | None]:

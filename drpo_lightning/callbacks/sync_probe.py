@@ -47,7 +47,7 @@ class SyncProbe(Callback, RolloutHooks):
     def on_engine_refresh(self, trainer: Trainer, pl_module: LightningModule, engine: RolloutEngine) -> None:
         """Runs the probe."""
         sampling: Sampling = trainer.datamodule.sampling  # type: ignore[attr-defined]
-        sequences = self._sequences(trainer.datamodule.tokenizer, engine)  # type: ignore[attr-defined]
+        sequences = self._sequences(trainer.datamodule.encoder.tokenizer, engine)  # type: ignore[attr-defined]
         probe = Sampling(max_tokens=1, temperature=sampling.temperature or 1.0)
         groups = engine.generate(
             sequences.tolist(),

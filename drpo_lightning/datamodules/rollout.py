@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from drpo_lightning.batch import Completion, Rollout, RolloutBatch, Sampling, ValidationBatch
+from drpo_lightning.datamodules.prompt_encoder import PromptEncoder, PromptFormat
 from drpo_lightning.datamodules.prompts import PromptSource
 from drpo_lightning.errors import SettingError
 from drpo_lightning.functional.advantages import group_advantages
@@ -65,7 +66,7 @@ class RolloutDataModule(LightningDataModule):
         val_num_samples: int = 1,
         val_sampling: Sampling | None = None,
         advantage: Literal["group_mean", "group_mean_std", "leave_one_out"] = "group_mean",
-        prompt_format: Literal["raw", "chat"] = "raw",
+        prompt_format: PromptFormat = "raw",
         system_prompt: str | None = None,
         seed: int = 0,
         seeded_requests: bool | None = None,
@@ -111,8 +112,7 @@ class RolloutDataModule(LightningDataModule):
         self._resumed = False
         self._rows: list[dict[str, Any]] = []
         self._val_rows: list[dict[str, Any]] = []
-        self._tokenizer: Any = None
-        self._stop_token_ids: list[int] = []
+        self._encoder: PromptEncoder | None = None
         self._expected_weights: dict[str, torch.Size] = {}
 
     # ---------------------------------------------------------------- set-up
@@ -127,14 +127,10 @@ class RolloutDataModule(LightningDataModule):
                 "`trainer.callbacks` has no reward: list a `RewardCallback`, such as "
                 "drpo_lightning.callbacks.ExactMatchReward"
             )
-        if self._tokenizer is None:
-            self._load_tokenizer()
-        context = self._context_tokens()
         if stage == "fit" and not self._rows:
-            self._rows = self._encode(self.prompts.load(), self.sampling.max_tokens, context, "data.prompts")
+            self._rows = self._load(self.prompts, self.sampling, "data.prompts")
         if self.val_prompts is not None and not self._val_rows:
-            rows = self.val_prompts.load()
-            self._val_rows = self._encode(rows, self.val_sampling.max_tokens, context, "data.val_prompts")
+            self._val_rows = self._load(self.val_prompts, self.val_sampling, "data.val_prompts")
         if stage == "validate" and self.val_prompts is None:
             raise SettingError("`data.val_prompts` must be set to validate")
 
@@ -155,60 +151,30 @@ class RolloutDataModule(LightningDataModule):
             f"{micro_batches // self.num_updates} micro-batches of {samples // micro_batches} on {ranks} rank(s)"
         )
 
-    def _load_tokenizer(self) -> None:
-        from transformers import AutoTokenizer, GenerationConfig
-
-        self._tokenizer = AutoTokenizer.from_pretrained(self.model_name, trust_remote_code=self.trust_remote_code)
-        stop = {self._tokenizer.eos_token_id}
-        try:
-            configured = GenerationConfig.from_pretrained(self.model_name).eos_token_id
-        except OSError:  # a model without generation_config.json stops at the tokenizer's token alone
-            configured = None
-        stop |= set(configured if isinstance(configured, list) else [configured])
-        self._stop_token_ids = sorted(token for token in stop if token is not None)
-        if not self._stop_token_ids:
-            raise SettingError(f"`model` {self.model_name!r} has no end-of-sequence token: no completion would end")
-
-    def _context_tokens(self) -> int:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.model_name, trust_remote_code=self.trust_remote_code)
-        own = int(config.get_text_config().max_position_embeddings)
-        return min(own, self.engine.max_context_tokens or own)
-
-    def _encode(self, rows: Sequence[dict[str, Any]], max_tokens: int, context: int, key: str) -> list[dict[str, Any]]:
-        """Adds `prompt_ids`, and `prompt` as the text that the model sees, to every row."""
-        texts = [self._prompt_text(row["prompt"]) for row in rows]
-        special = [isinstance(row["prompt"], str) and self.prompt_format == "raw" for row in rows]
-        encoded = []
-        for i, (row, text, add_special) in enumerate(zip(rows, texts, special, strict=True)):
-            # A chat template writes its special tokens itself.
-            ids = self._tokenizer(text, add_special_tokens=add_special).input_ids
-            if not ids:
-                raise SettingError(f"`{key}`: prompt {i} has no tokens: {text!r}")
-            if len(ids) + max_tokens > context:
-                raise SettingError(
-                    f"`{key}`: prompt {i} has {len(ids)} tokens and may be continued by {max_tokens} "
-                    f"(`sampling.max_tokens`), more than the context of {context}: shorten or remove it, or lower "
-                    f"`sampling.max_tokens`. It starts with {text[:60]!r}"
-                )
-            encoded.append({**row, "prompt": text, "prompt_ids": ids})
-        return encoded
-
-    def _prompt_text(self, prompt: str | list[dict[str, str]]) -> str:
-        if isinstance(prompt, str) and self.prompt_format == "raw":
-            return prompt
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if self.system_prompt is not None:
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        if self._tokenizer.chat_template is None:
-            raise SettingError(f"`model` {self.model_name!r} has no chat template; set `data.prompt_format: raw`")
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    def _load(self, prompts: PromptSource, sampling: Sampling, key: str) -> list[dict[str, Any]]:
+        """The rows of a data set, encoded and checked."""
+        rows = prompts.load()
+        for reward in self._rewards:
+            for i, row in enumerate(rows):
+                if missing := [name for name in reward.required_columns if row.get(name) is None]:
+                    raise SettingError(
+                        f"`{key}`: row {i} has no column {missing[0]!r}, which the reward {reward.name!r} needs; "
+                        f"it has {sorted(row)}"
+                    )
+        context = min(self.encoder.context_tokens, self.engine.max_context_tokens or self.encoder.context_tokens)
+        return self.encoder.encode(rows, max_tokens=sampling.max_tokens, context_tokens=context, key=key)
 
     @property
-    def tokenizer(self) -> Any:  # noqa: ANN401
-        """The policy's tokenizer; None before `setup`."""
-        return self._tokenizer
+    def encoder(self) -> PromptEncoder:
+        """The policy's tokenizer and what belongs to it, loaded when it is first asked for."""
+        if self._encoder is None:
+            self._encoder = PromptEncoder(
+                self.model_name,
+                prompt_format=self.prompt_format,
+                system_prompt=self.system_prompt,
+                trust_remote_code=self.trust_remote_code,
+            )
+        return self._encoder
 
     @property
     def _trainer(self) -> Any:  # noqa: ANN401
@@ -342,7 +308,7 @@ class RolloutDataModule(LightningDataModule):
             [row["prompt_ids"] for row in rows],
             sampling,
             num_samples=num_samples,
-            stop_token_ids=self._stop_token_ids,
+            stop_token_ids=self.encoder.stop_token_ids,
             seeds=[_hash(self.seed, moment, n) for n in numbers] if seeded else None,
         )
         self.phase_seconds["generate"] = time.perf_counter() - started
@@ -350,7 +316,7 @@ class RolloutDataModule(LightningDataModule):
         if len(completions) != len(rows) * num_samples:
             raise EngineError(f"the engine returned {len(completions)} completions for {len(rows) * num_samples}")
         repeated = [row for row in rows for _ in range(num_samples)]
-        texts = self._tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+        texts = self.encoder.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         columns = sorted(set().union(*rows) - {"prompt", "prompt_ids"})
         batch = RewardBatch(
             prompts=[row["prompt"] for row in repeated],
@@ -389,13 +355,12 @@ class RolloutDataModule(LightningDataModule):
         device = self._trainer.strategy.root_device
         totals = self._trainer.strategy.reduce(updates.to(device), reduce_op="sum").long().tolist()
         advantages = group_advantages(rollout.rewards, rollout.group_size, kind=self.advantage)
-        pad = self._tokenizer.pad_token_id
         return [
             RolloutBatch.collate(
                 rollout,
                 rows.tolist(),
                 advantages,
-                pad_token_id=self._stop_token_ids[0] if pad is None else pad,
+                pad_token_id=self.encoder.pad_token_id,
                 num_update_tokens=totals[i // window][0],
                 num_update_sequences=totals[i // window][1],
                 temperature=self.sampling.temperature,

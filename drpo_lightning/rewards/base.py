@@ -49,10 +49,12 @@ class Reward(ABC):
     Attributes:
         name: what the reward is logged as, `reward/<name>/mean`.
         weight: its factor in the sum of all rewards.
+        required_columns: columns of the data set that it cannot do without; a run without them does not start.
     """
 
     name: str
     weight: float
+    required_columns: Sequence[str] = ()
 
     @abstractmethod
     def score(self, batch: RewardBatch) -> Sequence[float | None]:

@@ -205,9 +205,9 @@ def test_the_samples_of_a_prompt_stand_next_to_each_other_with_their_columns(mak
     for i, prompt in enumerate(rollout.prompts):
         assert prompt == rollout.prompts[i - i % 4]
         assert eval(prompt.removesuffix("=")) == int(rollout.columns["answer"][i])
-        assert run.data.tokenizer.decode(rollout.prompt_ids[i]).replace(" ", "") == prompt
+        assert run.data.encoder.tokenizer.decode(rollout.prompt_ids[i]).replace(" ", "") == prompt
     assert rollout.columns.keys() == {"answer"}
-    assert rollout.texts == run.data.tokenizer.batch_decode(
+    assert rollout.texts == run.data.encoder.tokenizer.batch_decode(
         [completion.token_ids for completion in rollout.completions], skip_special_tokens=True
     )
     assert rollout.rewards.tolist() == rollout.reward_parts["scattered"].tolist()
@@ -241,6 +241,15 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(make_run, make_recorder, 
     assert runs[0][0] == runs[1][0]
     assert torch.equal(runs[0][1], runs[1][1])
     assert runs[0][0] != runs[2][0]
+
+
+def test_the_order_of_prompts_depends_on_the_seed(make_run, make_recorder):
+    orders = []
+    for seed in (3, 4):
+        recorder = make_recorder()
+        make_run(recorder, data={"seed": seed, "num_prompts": 8}).fit()
+        orders.append(recorder.rollouts[0].prompts)
+    assert orders[0] != orders[1]
 
 
 def test_requests_get_a_seed_of_their_own_in_every_rollout(make_run):
