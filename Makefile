@@ -4,7 +4,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup quickstart test lint types unit format lock
+.PHONY: help setup quickstart test lint types unit gpu format lock
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -23,6 +23,9 @@ lint: setup
 
 types: setup
 	@$(RUN) -m mypy
+
+gpu: setup
+	@$(RUN) -m pytest -m gpu
 
 unit: setup
 	@$(RUN) -m pytest -m "not gpu"

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,29 +17,34 @@ from drpo_lightning.callbacks import (
     RolloutStatistics,
     SyncProbe,
 )
-from drpo_lightning.callbacks.dashboard import LAYOUT
+from drpo_lightning.callbacks.dashboard import LAYOUT, MASKS
 from drpo_lightning.datamodules import ArithmeticPrompts
 from drpo_lightning.objectives import DPPO, DRPO
 
-CHARTS = {(section, chart): tags for section, charts in LAYOUT.items() for chart, (_, tags) in charts.items()}
-PATTERNS = {
-    (*place, tag if LAYOUT[place[0]][place[1]][0] == "Multiline" else f"^{re.escape(tag)}$")
-    for place, tags in CHARTS.items()
-    for tag in tags
-}
-# Scalars that are looked up beside the dashboard, not on it.
-OFF_THE_DASHBOARD = {
-    "epoch",
-    "optim/learning_rate",
-    "policy_shift/mean",
-    "reward/std",
-    "reward/scattered/applies_fraction",
-    "importance_ratio/mean",
-    "importance_ratio/max",
-    "val/completions/mean_length",
-    "val/completions/truncated_fraction",
-}
-OFF_THE_DASHBOARD_START = ("log_ratio/", "grad_weight/attenuated_fraction_", "grad_weight/amplified_fraction_")
+# What is looked up beside the dashboard, not on it.
+OFF_THE_DASHBOARD = re.compile(
+    "epoch|divergence/(k1_kl|binary_tv|.*_max)|grad_weight/.*_adv|log_ratio/.*|optim/learning_rate|policy_shift/mean"
+    "|region/outside_fraction_.*|reward/std|reward/.*/applies_fraction|val/completions/.*"
+)
+
+
+def charts_of(layout):
+    """The tags of every chart, by section and title."""
+    return {(section, title): tags for section, charts in layout.items() for title, (_, tags) in charts.items()}
+
+
+def has(layout, section, title, tag, scalar):
+    """Whether a scalar is what a chart's tag asks for: a margin names its scalars, other charts search for theirs."""
+    return tag == scalar if layout[section][title][0] == "Margin" else re.search(tag, scalar) is not None
+
+
+def empty_tags(layout, scalars):
+    return {
+        tag
+        for place, tags in charts_of(layout).items()
+        for tag in tags
+        if not any(has(layout, *place, tag, scalar) for scalar in scalars)
+    }
 
 
 def read(make_run, folder, objective):
@@ -62,35 +68,40 @@ def events(make_run, tmp_path):
     return read(make_run, tmp_path, DRPO(0.2))
 
 
-def test_every_chart_but_that_of_masks_has_a_scalar(events):
-    scalars = events.Tags()["scalars"]
-    empty = {place for place in PATTERNS if not any(re.search(place[-1], name) for name in scalars)}
-    assert empty == {place for place in PATTERNS if "mask" in place[-1]}
-
-
-def test_with_a_mask_every_chart_has_a_scalar(make_run, tmp_path):
-    scalars = read(make_run, tmp_path, DPPO()).Tags()["scalars"]
-    assert all(any(re.search(pattern, name) for name in scalars) for *_, pattern in PATTERNS)
-
-
-def test_a_scalar_is_on_one_chart_or_known_to_be_on_none(events):
-    for name in events.Tags()["scalars"]:
-        charts = {place[:2] for place in PATTERNS if re.search(place[-1], name)}
-        is_off = name in OFF_THE_DASHBOARD or name.startswith(("divergence/",) if name.endswith("_max") else ())
-        is_off = is_off or name.startswith(OFF_THE_DASHBOARD_START)
-        assert len(charts) == (0 if is_off else 1), f"{name} is on {charts}"
-
-
-def test_the_layout_is_written_as_tensorboard_reads_it(events):
+def layout_of(events):
+    """The layout as TensorBoard reads it from the events."""
     (event,) = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    read = {
+    return {
         (category.title, chart.title): list(chart.multiline.tag)
         or [tag for series in chart.margin.series for tag in (series.value, series.lower, series.upper)]
         for category in layout.category
         for chart in category.chart
     }
-    assert read == CHARTS
+
+
+def test_every_chart_has_a_scalar(events):
+    assert not empty_tags(LAYOUT, events.Tags()["scalars"])
+    assert empty_tags(MASKS, events.Tags()["scalars"]) == {tag for tags in charts_of(MASKS).values() for tag in tags}
+
+
+def test_an_objective_with_a_mask_has_charts_of_it(make_run, tmp_path):
+    events = read(make_run, tmp_path, DPPO())
+    assert layout_of(events) == charts_of(LAYOUT | MASKS)
+    assert not empty_tags(LAYOUT | MASKS, events.Tags()["scalars"])
+
+
+def test_the_layout_is_written_as_tensorboard_reads_it(events):
+    assert layout_of(events) == charts_of(LAYOUT)
+
+
+def test_a_scalar_is_on_one_chart_or_known_to_be_on_none(events):
+    for scalar in events.Tags()["scalars"]:
+        charts = {
+            place for place, tags in charts_of(LAYOUT).items() if any(has(LAYOUT, *place, tag, scalar) for tag in tags)
+        }
+        expected = 0 if OFF_THE_DASHBOARD.fullmatch(scalar) else 1
+        assert len(charts) == expected, f"{scalar} is on {charts}"
 
 
 def test_every_scalar_is_logged_once_per_step(events):
@@ -124,6 +135,15 @@ def test_the_means_of_histograms_are_the_scalars(events):
     shift = [event.value for event in events.Scalars("policy_shift/mean")]
     histograms = [event.histogram_value for event in events.Histograms("histogram/probability_shift")]
     assert [histogram.sum / histogram.num for histogram in histograms] == pytest.approx(shift, abs=1e-6)
+
+
+def test_tokens_are_in_the_bins_of_their_values(events):
+    for name in events.Tags()["histograms"]:
+        for histogram in (event.histogram_value for event in events.Histograms(name)):
+            upper = histogram.bucket_limit
+            lower = [-upper[-1], *upper[:-1]]  # the ranges are symmetric
+            low, high = (np.dot(edges, histogram.bucket) for edges in (lower, upper))
+            assert low <= histogram.sum <= high
 
 
 def test_samples_stand_in_the_text_tab(events):

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from drpo_lightning.batch import Sampling
-from drpo_lightning.datamodules import ArithmeticPrompts
+from drpo_lightning.datamodules import ArithmeticPrompts, RolloutDataModule
 from drpo_lightning.modules import PolicyModule
 from drpo_lightning.modules.policy import check_model_folder, check_sampling, fraction_rounded_away
 from drpo_lightning.objectives import DPPO, DRPO, ClippedRatio, Objective, Unregularized
@@ -229,6 +229,22 @@ def test_validation_is_logged_before_the_first_update(make_run, logged):
     ).fit()
     for name in ("val/reward/mean", "val/pass@1", "val/pass@2", "val/pass@4", "val/completions/mean_length"):
         assert [step for step, _ in logged[name]] == [0, 2]
+
+
+def test_validations_do_not_run_into_each_other(make_run, logged, monkeypatch):
+    rollouts = []
+    sample = RolloutDataModule.validation_rollout
+    monkeypatch.setattr(
+        RolloutDataModule, "validation_rollout", lambda self: rollouts.append(sample(self)) or rollouts[-1]
+    )
+    make_run(
+        trainer={"logger": DummyLogger(), "num_sanity_val_steps": -1, "max_epochs": 2},
+        module={"optimizer": sgd},
+        data={"val_prompts": ArithmeticPrompts("validation", max_operand=9, num_validation=20)},
+    ).fit()
+    means = [float(rollout.rewards.mean()) for rollout in rollouts]
+    assert len(set(means)) > 1
+    assert [value for _, value in logged["val/reward/mean"]] == pytest.approx(means)
 
 
 def test_the_threshold_of_passing_is_a_setting(make_run, logged):
