@@ -20,6 +20,15 @@ install_import_hook(
 MODEL_FOLDER = Path(__file__).parents[1] / "models" / "arithmetic"
 
 
+@pytest.fixture(autouse=True)
+def environment_is_restored():
+    """Undoes what Lightning sets for a run, such as the port that its ranks meet at, and what vLLM reads."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 class Run(NamedTuple):
     trainer: Any
     module: Any

@@ -1,5 +1,8 @@
 """The last lines of a run: before and after, and where everything is."""
 
+import re
+
+import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from drpo_lightning.callbacks import ExportPolicy, RunSummary
@@ -20,9 +23,12 @@ def test_before_and_after_are_the_first_and_the_last_validation(make_run, make_m
     rewards, passes = logger.values("val/reward/mean"), logger.values("val/pass@1")
     assert len(rewards) == 4
     lines = printed(capsys)
-    assert f"held-out reward: {rewards[0]:.3f} before -> {rewards[-1]:.3f} after" in lines
-    assert f"held-out pass@1: {passes[0]:.3f} before -> {passes[-1]:.3f} after" in lines
     assert "6 updates on 3 rollouts" in lines
+    for label, values in (("reward", rewards), ("pass@1", passes)):
+        (line,) = (line for line in lines if line.startswith(f"held-out {label}: "))
+        before, after = re.fullmatch(r".*: (\d\.\d{3}) before -> (\d\.\d{3}) after", line).groups()
+        assert (float(before), float(after)) == pytest.approx((values[0], values[-1]), abs=6e-4)
+    assert rewards[0] != rewards[-1]
 
 
 def test_folders_are_named(make_run, tmp_path, capsys):

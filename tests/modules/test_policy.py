@@ -16,7 +16,7 @@ from drpo_lightning.objectives import DPPO, DRPO, ClippedRatio, Objective, Unreg
 AGGREGATIONS = [
     {"aggregation": "token_mean"},
     {"aggregation": "seq_mean_token_mean"},
-    {"aggregation": "seq_mean_token_sum_norm", "horizon": 50},
+    {"aggregation": "seq_mean_token_sum_norm", "horizon": 5},
 ]
 
 
