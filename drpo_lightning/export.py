@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 NETWORK_PREFIX = "network.language_model."
 """What stands before the names of the language model's tensors in a checkpoint."""
 
@@ -41,7 +42,7 @@ def write_model(
     expected = {name: tensor.shape for name, tensor in language_model.state_dict().items()}
     check_weights({name: tensor.shape for name, tensor in weights.items()}, expected)
     cast = {name: _cast(tensor, dtype) for name, tensor in weights.items()}
-    language_model.config.dtype = next(iter(cast.values())).dtype
+    language_model = language_model.to(next(iter(cast.values())).dtype)  # what config.json will say
     try:
         language_model.generation_config = GenerationConfig.from_pretrained(model)
     except OSError:  # not every model has one
@@ -75,16 +76,21 @@ def check_exported(folder: str | Path, weights: Mapping[str, Tensor], *, dtype: 
 
 
 def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
+    if dtype not in (None, *EXPORT_DTYPES):
+        raise ValueError(f"`dtype` must be one of {EXPORT_DTYPES}, got {dtype!r}")
     return tensor if dtype is None else tensor.to(getattr(torch, dtype))
 
 
-def export_checkpoint(checkpoint: str | Path, folder: str | Path, *, dtype: str | None = None) -> None:
+def export_checkpoint(
+    checkpoint: str | Path, folder: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False
+) -> None:
     """Writes the policy of a Lightning checkpoint as a Hugging Face folder.
 
     Args:
         checkpoint: a checkpoint of a `PolicyModule`, one file.
         folder: where to.
         dtype: precision to write; by default float32, as trained.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
         ValueError: if the file does not exist or holds no policy.
@@ -100,7 +106,7 @@ def export_checkpoint(checkpoint: str | Path, folder: str | Path, *, dtype: str 
         for name, tensor in content["state_dict"].items()
         if name.startswith(NETWORK_PREFIX)
     }
-    write_model(content["policy"]["model"], weights, folder, dtype=dtype)
+    write_model(content["policy"]["model"], weights, folder, dtype=dtype, trust_remote_code=trust_remote_code)
     check_exported(folder, weights, dtype=dtype)
 
 
@@ -112,9 +118,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--ckpt", type=str, required=True, help="Lightning checkpoint of a policy")
     parser.add_argument("--out", type=str, required=True, help="folder to write")
     parser.add_argument("--dtype", type=str | None, default=None, help="precision to write, such as bfloat16")
+    parser.add_argument("--trust_remote_code", type=bool, default=False, help="run code that comes with the model")
     config = parser.parse_args(arguments)
     try:
-        export_checkpoint(config.ckpt, config.out, dtype=config.dtype)
+        export_checkpoint(config.ckpt, config.out, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     except ValueError as error:
         parser.error(str(error))
     print(f"Policy exported to {config.out}")  # noqa: T201

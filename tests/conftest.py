@@ -67,7 +67,6 @@ def make_run(tmp_path):
             "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
             "temperature": 1.5,
         } | (module or {})
-        limit_val_batches = 1.0 if (data or {}).get("val_prompts") else 0
         data = {
             "engine": TransformersEngine(),
             "prompts": ArithmeticPrompts(max_operand=9, num_validation=20),
@@ -87,7 +86,6 @@ def make_run(tmp_path):
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "use_distributed_sampler": False,
-            "limit_val_batches": limit_val_batches,
             "default_root_dir": tmp_path,
         } | (trainer or {})
         rewards = [FunctionReward(scattered_reward, name="scattered")] if rewards is None else rewards

@@ -66,7 +66,6 @@ def test_every_exported_tensor_is_compared(trained, model_folder, tmp_path, name
         check_exported(tmp_path, weights | {name: weights[name] + 1})
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="the name is looked up in torch unchecked")
 def test_a_dtype_that_torch_has_not_is_named(trained, model_folder, tmp_path):
     weights, _ = trained
     with pytest.raises(ValueError, match=r"`dtype`.*'bfloat61'"):

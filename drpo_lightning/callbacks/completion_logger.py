@@ -20,6 +20,8 @@ class CompletionLogger(Callback, RolloutHooks):
         for name, value in (("num_groups", num_groups), ("every_n_rollouts", every_n_rollouts)):
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if max_characters < 2:
+            raise ValueError(f"`max_characters` must be at least 2, got {max_characters}")
         self.num_groups = num_groups
         self.every_n_rollouts = every_n_rollouts
         self.max_characters = max_characters
@@ -61,7 +63,8 @@ def _cell(text: str, max_characters: int) -> str:
         text = f"{text[:half]} […] {text[-half:]}"
     for character, entity in (
         ("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("*", "&#42;"), ("_", "&#95;"),
-        ("`", "&#96;"), ("[", "&#91;"), ("]", "&#93;"), ("\\", "&#92;"), ("\n", "<br>"),
+        ("`", "&#96;"), ("[", "&#91;"), ("]", "&#93;"), ("\\", "&#92;"), ("\r\n", "<br>"),
+        ("\r", "<br>"), ("\n", "<br>"),
     ):  # fmt: skip
         text = text.replace(character, entity)
     return text or " "

@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from drpo_lightning.export import check_exported, write_model
-from drpo_lightning.rollout.weights import WeightSource
+from drpo_lightning.modules import PolicyModule
 
 
 class ExportPolicy(Callback):
@@ -30,13 +30,19 @@ class ExportPolicy(Callback):
         """Writes the model and its tokenizer on rank 0; the other ranks help to gather the weights."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if not isinstance(pl_module, WeightSource):
-            raise TypeError(f"the LightningModule must be a `WeightSource`, got {type(pl_module).__name__}")
+        if not isinstance(pl_module, PolicyModule):
+            raise TypeError(f"the LightningModule must be a `PolicyModule`, got {type(pl_module).__name__}")
         folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "policy")
         # Every rank takes part in gathering a tensor; only rank 0 keeps it.
         weights = {name: tensor.cpu() for name, tensor in pl_module.named_weights() if trainer.is_global_zero}
         if trainer.is_global_zero:
-            write_model(pl_module.model_name, weights, folder, dtype=self.dtype)  # type: ignore[arg-type]
+            write_model(
+                pl_module.model_name,
+                weights,
+                folder,
+                dtype=self.dtype,
+                trust_remote_code=pl_module.trust_remote_code,
+            )
         if self.check:
             trainer.datamodule.refresh_engine()  # type: ignore[attr-defined]
             if trainer.is_global_zero:

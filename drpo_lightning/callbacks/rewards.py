@@ -59,14 +59,12 @@ class FunctionReward(RewardCallback):
 
     def score(self, batch: RewardBatch) -> Sequence[float | None]:
         """Calls the function."""
-        return list(
-            self.function(
-                prompts=batch.prompts,
-                completions=batch.completions,
-                completion_ids=batch.completion_ids,
-                finish_reasons=batch.finish_reasons,
-                **batch.columns,
-            )
+        return self.function(  # type: ignore[no-any-return]
+            prompts=batch.prompts,
+            completions=batch.completions,
+            completion_ids=batch.completion_ids,
+            finish_reasons=batch.finish_reasons,
+            **batch.columns,
         )
 
 
@@ -92,7 +90,7 @@ def import_function(path: str) -> Callable[..., Any]:
         raise ValueError(f"`function` must be an import path such as `my_module.my_function`, got {path!r}")
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"`function` {path!r} cannot be imported: {error}") from error
     if not callable(function):
         raise ValueError(f"`function` {path!r} is not callable")

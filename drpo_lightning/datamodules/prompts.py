@@ -133,6 +133,13 @@ def _with_prompt(
             raise SettingError(
                 f"{origin}, {place}: {prompt_column!r} must be a text or a list of chat messages, got {prompt!r}"
             )
+        if isinstance(prompt, list) and not all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in prompt
+        ):
+            raise SettingError(f"{origin}, {place}: a chat message must have a `role` and a `content`, got {prompt!r}")
         renamed = {name: row[column] for name, column in columns.items()}
         result.append({**row, **renamed, "prompt": _with_suffix(prompt, suffix)})
     return result

@@ -1,14 +1,16 @@
 """The DataModule whose data are rollouts: sampled by the engine with the current weights, scored, and split."""
 
 import hashlib
+import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from drpo_lightning.batch import Completion, Rollout, RolloutBatch, Sampling, ValidationBatch
 from drpo_lightning.datamodules.prompt_encoder import PromptEncoder, PromptFormat
@@ -86,7 +88,7 @@ class RolloutDataModule(LightningDataModule):
                 raise ValueError(f"`data.{name}` must be at least 1, got {value}")
         self.engine = engine
         self.prompts = prompts
-        self.model_name = model
+        self.model_name = os.path.expanduser(model)
         self.val_prompts = val_prompts
         self.num_prompts = num_prompts
         self.group_size = group_size
@@ -133,6 +135,8 @@ class RolloutDataModule(LightningDataModule):
             self._val_rows = self._load(self.val_prompts, self.val_sampling, "data.val_prompts")
         if stage == "validate" and self.val_prompts is None:
             raise SettingError("`data.val_prompts` must be set to validate")
+        if self.val_prompts is None:
+            self._trainer.limit_val_batches = 0
 
     def _check_batch_sizes(self) -> None:
         ranks, micro_batches = self._trainer.world_size, self._num_micro_batches
@@ -194,6 +198,11 @@ class RolloutDataModule(LightningDataModule):
         """Micro-batches of a rollout on each rank."""
         return self.num_updates * int(self._trainer.accumulate_grad_batches)
 
+    @property
+    def _num_trained_batches(self) -> int:
+        """Those of them that are trained on: all, unless `trainer.limit_train_batches` says otherwise."""
+        return int(min(self._num_micro_batches, self._trainer.num_training_batches))
+
     # ---------------------------------------------------------------- engine
 
     def refresh_engine(self) -> None:
@@ -252,9 +261,9 @@ class RolloutDataModule(LightningDataModule):
         """The micro-batches of one rollout after the other."""
         return RolloutLoader(self)
 
-    def val_dataloader(self) -> "ValidationLoader | list[Any]":
+    def val_dataloader(self) -> "ValidationLoader":
         """The scored completions of the validation prompts, as one batch."""
-        return ValidationLoader(self) if self.val_prompts is not None else []
+        return ValidationLoader(self)
 
     def next_rollout(self) -> None:
         """Synchronises the engine, samples and scores the next rollout."""
@@ -309,7 +318,7 @@ class RolloutDataModule(LightningDataModule):
             sampling,
             num_samples=num_samples,
             stop_token_ids=self.encoder.stop_token_ids,
-            seeds=[_hash(self.seed, moment, n) for n in numbers] if seeded else None,
+            seeds=self._seeds(moment, numbers) if seeded else None,
         )
         self.phase_seconds["generate"] = time.perf_counter() - started
         completions = [completion for group in groups for completion in group]
@@ -338,6 +347,15 @@ class RolloutDataModule(LightningDataModule):
             rewards=combine_rewards(parts, {reward.name: reward.weight for reward in self._rewards}),
             reward_parts=parts,
         )
+
+    def _seeds(self, moment: int | str, numbers: list[int]) -> list[int]:
+        """A seed for every prompt; one that comes twice in a rollout gets another the second time."""
+        times: Counter[int] = Counter()
+        seeds = []
+        for number in numbers:
+            seeds.append(_hash(self.seed, moment, number, times[number]))
+            times[number] += 1
+        return seeds
 
     def micro_batches(self, rollout: Rollout, num_batches: int) -> list[RolloutBatch]:
         """Splits a rollout at random into its micro-batches and counts every update's tokens. Collective.
@@ -378,12 +396,15 @@ class RolloutDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration, and the rollout in use with the position in it, of every rank. Collective over ranks."""
-        in_use = self.rollout is not None and 0 < self._position < self._num_micro_batches
-        mine = {
-            "iteration": self.iteration,
-            "position": self._position,
-            "rollout": asdict(self.rollout) if in_use and self.rollout is not None else None,
-        }
+        mine: dict[str, Any] = {"iteration": self.iteration, "position": self._position, "rollout": None}
+        if self.rollout is not None and 0 < self._position < self._num_trained_batches:
+            # Rewards are taken by now: the columns, which may hold anything, have served.
+            mine["rollout"] = {**asdict(self.rollout), "columns": {}}
+        if self._position % int(self._trainer.accumulate_grad_batches) and mine["rollout"]:
+            rank_zero_warn(
+                "this checkpoint is in the middle of an optimizer update: the gradient accumulated so far is not in "
+                "it, and a run that is resumed from it will differ from one that goes on"
+            )
         ranks: list[Any] = [mine]
         if self._trainer.world_size > 1:
             ranks = [None] * self._trainer.world_size
@@ -423,8 +444,7 @@ class RolloutLoader:
         if not resumed:
             data.next_rollout()
         assert data.rollout is not None
-        limit = data._trainer.num_training_batches
-        batches = data.micro_batches(data.rollout, min(len(self), int(limit) if limit != float("inf") else len(self)))
+        batches = data.micro_batches(data.rollout, data._num_trained_batches)
         while data._position < len(batches):
             data._position += 1  # before the batch is given away: what stands after the last `yield` never runs
             yield batches[data._position - 1]

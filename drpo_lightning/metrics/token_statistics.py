@@ -34,7 +34,10 @@ class TokenStatistics(PackedMetric):
         means: names of values whose mean is asked.
         maxima: names of values whose maximum is asked.
         minima: names of values whose minimum is asked.
-        histograms: bin edges by name of the value.
+        histograms: bin edges by name of the value, of at least 2 bins.
+
+    Raises:
+        ValueError: if a name comes twice or a histogram has too few bins.
     """
 
     def __init__(
@@ -44,6 +47,11 @@ class TokenStatistics(PackedMetric):
         minima: Sequence[str] = (),
         histograms: Mapping[str, Tensor] | None = None,
     ) -> None:
+        names = [*means, *maxima, *minima]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"every statistic needs a name of its own, got {repeated} twice")
+        if short := [name for name, edges in (histograms or {}).items() if len(edges) < 3]:
+            raise ValueError(f"the histogram of {short[0]!r} must have at least 2 bins")
         self._means = list(means)
         # A minimum is the maximum of the negated values.
         self._extremes = [(name, 1.0) for name in maxima] + [(name, -1.0) for name in minima]
@@ -86,7 +94,9 @@ class TokenStatistics(PackedMetric):
         histograms, start = {}, 2 * len(self._means)
         for name, edges in self._edges.items():
             end = start + len(edges) - 1
-            histograms[name] = Histogram(edges, torch.tensor(sums[start:end]), sums[end], sums[end + 1])
+            histograms[name] = Histogram(
+                edges, torch.tensor(sums[start:end], dtype=torch.float64), sums[end], sums[end + 1]
+            )
             start = end + 2
         return scalars, histograms
 

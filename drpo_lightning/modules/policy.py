@@ -1,5 +1,6 @@
 """The LightningModule: owns the policy, its objective and its optimizer."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -80,6 +81,7 @@ class PolicyModule(LightningModule, WeightSource):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        model = os.path.expanduser(model)
         check_model_folder(model)
         if aggregation == "seq_mean_token_sum_norm" and (horizon is None or horizon < 1):
             raise ValueError(
@@ -141,7 +143,8 @@ class PolicyModule(LightningModule, WeightSource):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_train_start(self) -> None:
-        """Warns of parameters whose precision is too coarse for the learning rate."""
+        """Starts the count of updates, and warns of parameters too coarse in precision for the learning rate."""
+        self._logged_step, self._update_loss = self.trainer.global_step, 0.0
         for group in self.trainer.optimizers[0].param_groups:
             lost = fraction_rounded_away(group["params"], group["lr"])
             if lost > 0.1:
@@ -247,7 +250,7 @@ class PolicyModule(LightningModule, WeightSource):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes which model the weights belong to, for `drpo export`."""
-        checkpoint["policy"] = {"model": self.model_name, "trust_remote_code": self.trust_remote_code}
+        checkpoint["policy"] = {"model": self.model_name}
 
 
 def shard(network: PolicyNetwork, mesh: DeviceMesh) -> None:
@@ -267,7 +270,7 @@ def _local(parameter: Tensor) -> Tensor:
 
 def check_model_folder(model: str) -> None:
     """Raises `ValueError` if `model` is a folder without a model in it, or looks like a path and is none."""
-    path = Path(model).expanduser()
+    path = Path(model)
     if not path.is_dir():
         if model.startswith(("/", ".", "~")) or model.count("/") > 1:
             raise ValueError(f"`model` {model!r} is no folder; a name on the Hugging Face hub is written `owner/name`")

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from drpo_lightning.functional.logprobs import linear_token_logprobs
 
+ENLARGEMENT = 1000.0
+
 
 class PolicyNetwork(nn.Module):
     """Logprobs of completion tokens under a causal language model at a temperature.
@@ -70,12 +72,18 @@ class PolicyNetwork(nn.Module):
 def _head_is_linear(language_model: Any) -> bool:  # noqa: ANN401
     """True if the model's logits are its last hidden states times the head: no soft cap, no scaling.
 
-    Tried on a few tokens rather than read from the configuration, whose names for it differ by architecture.
+    Tried on a few tokens rather than read from the configuration, whose names for it differ by architecture. The
+    hidden states are enlarged on their way into the head, since a soft cap leaves small logits nearly as they are.
     """
     head = language_model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return False
     input_ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
     hidden = language_model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    logits = language_model(input_ids=input_ids, use_cache=False).logits
-    return torch.allclose(F.linear(hidden, head.weight, head.bias), logits, rtol=1e-3, atol=1e-3)
+    enlarge = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * ENLARGEMENT,))
+    try:
+        logits = language_model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        enlarge.remove()
+    expected = F.linear(hidden * ENLARGEMENT, head.weight, head.bias)
+    return torch.allclose(expected, logits, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))

@@ -77,4 +77,5 @@ class SAPO(Objective):
 
     def describe(self) -> str:
         """The gates in numbers."""
-        return f"SAPO: soft gate on the ratio, tau {self.temperature_positive:g} for A > 0, else {self.temperature_negative:g}"
+        positive, negative = self.temperature_positive, self.temperature_negative
+        return f"SAPO: soft gate on the ratio, tau {positive:g} for A > 0, else {negative:g}"

@@ -3,7 +3,9 @@
 import re
 from decimal import Decimal, InvalidOperation
 
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
+# A hyphen after a digit or a letter is no sign: 10-20 is a range, or a difference.
+NUMBER = re.compile(r"(?:(?<!\w)-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
+MINUS_SIGN = "\N{MINUS SIGN}"
 
 
 def exact_match(completion: str, answer: str) -> float:
@@ -13,7 +15,7 @@ def exact_match(completion: str, answer: str) -> float:
 
 def last_number(text: str) -> Decimal | None:
     """The last number of a text, thousands separators removed; None if there is none."""
-    numbers = NUMBER.findall(text)
+    numbers = NUMBER.findall(text.replace(MINUS_SIGN, "-"))
     if not numbers:
         return None
     try:

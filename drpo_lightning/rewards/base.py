@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -86,9 +86,13 @@ def score_rewards(rewards: Sequence[Reward], batch: RewardBatch) -> dict[str, Fl
 
 def _checked_scores(reward: Reward, batch: RewardBatch) -> Float[Tensor, " samples"]:
     try:
-        scores = list(reward.score(batch))
+        scores: Any = reward.score(batch)
+        if isinstance(scores, Iterable):
+            scores = list(scores)  # a generator of scores raises here
     except Exception as error:
         raise RewardError(f"reward {reward.name!r} raised {error!r}; {_culprit(reward, batch)}") from error
+    if not isinstance(scores, list):
+        raise RewardError(f"reward {reward.name!r} must return a list of scores, got {type(scores).__name__}")
     if len(scores) != len(batch):
         raise RewardError(f"reward {reward.name!r} returned {len(scores)} scores for {len(batch)} completions")
     for i, score in enumerate(scores):

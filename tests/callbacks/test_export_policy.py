@@ -56,7 +56,6 @@ def test_the_precision_is_a_setting(make_run, tmp_path):
     assert all(torch.equal(written[name], trained[name].bfloat16()) for name in written)
 
 
-@pytest.mark.xfail(strict=True, reason="`save_pretrained` writes the precision of the empty model into config.json")
 def test_the_configuration_says_the_precision(make_run, tmp_path):
     make_run(ExportPolicy(folder=str(tmp_path / "out"), dtype="bfloat16")).fit()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"

@@ -127,7 +127,6 @@ def test_a_path_that_leads_nowhere_is_named(path, message):
         FunctionReward(path)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="importlib raises a TypeError on a relative path")
 def test_a_relative_path_is_named():
     with pytest.raises(ValueError, match=r"`function` '\.rewards\.brevity' cannot be imported"):
         FunctionReward(".rewards.brevity")

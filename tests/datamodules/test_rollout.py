@@ -214,7 +214,6 @@ def test_the_samples_of_a_prompt_stand_next_to_each_other_with_their_columns(mak
     assert len({tuple(c.token_ids) for c in rollout.completions[:4]}) > 1
 
 
-@pytest.mark.xfail(strict=True, reason="a request's seed is made of the rollout and the prompt, not of the place")
 def test_a_prompt_that_comes_twice_in_a_rollout_gets_different_samples(make_run, make_recorder):
     recorder = make_recorder()
     run = make_run(recorder, data={"prompts": Listed("1+1=", "2+7="), "num_prompts": 8, "num_updates": 1})
@@ -421,7 +420,6 @@ def test_validation_alone_needs_no_training_prompts(make_run):
     assert not run.data.engine.is_started
 
 
-@pytest.mark.xfail(strict=True, raises=UserWarning, reason="`val_dataloader` gives an empty list: Lightning warns")
 def test_a_run_without_validation_prompts_needs_no_other_setting(make_run):
     make_run(trainer={"limit_val_batches": 1.0}).fit()
 
@@ -563,7 +561,7 @@ def test_the_state_in_the_middle_of_a_rollout_survives_a_file(make_run, make_rec
     states = []
 
     def save(trainer, pl_module, batch_idx):
-        if (trainer.current_epoch, batch_idx) == (1, 2):
+        if (trainer.current_epoch, batch_idx) == (1, 1):
             states.append(saved_and_read(trainer.datamodule.state_dict(), tmp_path))
 
     recorder = make_recorder(save)
@@ -575,8 +573,7 @@ def test_the_state_in_the_middle_of_a_rollout_survives_a_file(make_run, make_rec
     assert fresh.data.iteration == 2
     assert sampled_sequences(fresh.data.rollout) == sampled_sequences(recorder.rollouts[1])
     assert fresh.data.rollout.rewards.tolist() == recorder.rollouts[1].rewards.tolist()
-    assert fresh.data.rollout.columns == recorder.rollouts[1].columns
-    assert fresh.data.state_dict()["ranks"][0]["position"] == 3
+    assert states[0]["ranks"][0]["position"] == 2
 
 
 def test_the_state_between_rollouts_holds_no_rollout(make_run, tmp_path):
@@ -631,15 +628,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_run, make_recorder, tmp_
     assert len(second.rollouts) == 2 - at[0]
 
 
-@pytest.mark.xfail(strict=True, reason="a checkpoint has no gradients: those of the update's first part are lost")
-def test_a_run_resumed_inside_an_update_equals_an_uninterrupted_one(make_run, make_recorder, tmp_path):
-    whole, again, *_ = resumed(
-        make_run, make_recorder, tmp_path / "run.ckpt", at=(1, 0), trainer={"accumulate_grad_batches": 2}
-    )
-    torch.testing.assert_close(weights_of(whole), weights_of(again))
+def test_a_checkpoint_inside_an_update_warns_that_its_gradient_is_lost(make_run, make_recorder, tmp_path):
+    with pytest.warns(UserWarning, match="in the middle of an optimizer update"):
+        resumed(make_run, make_recorder, tmp_path / "run.ckpt", at=(1, 0), trainer={"accumulate_grad_batches": 2})
 
 
-@pytest.mark.xfail(strict=True, reason="`state_dict` takes a rollout cut by `limit_train_batches` for one in use")
 def test_a_run_of_cut_rollouts_resumes_with_a_new_one(make_run, make_recorder, tmp_path):
     whole, again, _, second = resumed(
         make_run, make_recorder, tmp_path / "run.ckpt", at=(0, 0), trainer={"limit_train_batches": 1}
@@ -648,7 +641,6 @@ def test_a_run_of_cut_rollouts_resumes_with_a_new_one(make_run, make_recorder, t
     assert torch.equal(weights_of(whole), weights_of(again))
 
 
-@pytest.mark.xfail(strict=True, reason="the rollout is saved with all its columns, and dates are refused by torch.load")
 def test_any_column_of_a_data_set_survives_a_resume(make_run, make_recorder, tmp_path):
     prompts = Listed("1+1=", "2+2=", "3+3=", "4+4=", day=date(2026, 6, 1))
     whole, again, *_ = resumed(

