@@ -22,6 +22,9 @@ def main() -> None:
     """Hands over to the subcommand."""
     # Read by OpenMP when torch is imported. Threads that spin while they wait stall whoever shares their cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # As with `python -m`: a reward in a module of the working directory is found.
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
     if command in ("fit", "validate"):

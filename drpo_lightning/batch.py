@@ -123,7 +123,6 @@ class RolloutBatch:
         advantages: A of each token, in units of reward, 0 outside the completions.
         num_update_tokens: completion tokens of the optimizer update, over all its micro-batches and ranks.
         num_update_sequences: sequences of the optimizer update, over all its micro-batches and ranks.
-        temperature: temperature that mu was sampled at.
 
     Raises:
         ValueError: if shapes differ: a `[batch]` advantage would silently broadcast along `seq` when batch = seq.
@@ -136,7 +135,6 @@ class RolloutBatch:
     advantages: Float[Tensor, "batch seq"]
     num_update_tokens: int
     num_update_sequences: int
-    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -155,7 +153,6 @@ class RolloutBatch:
         pad_token_id: int,
         num_update_tokens: int,
         num_update_sequences: int,
-        temperature: float,
     ) -> "RolloutBatch":
         """Pads the samples `rows` of a rollout to the longest of them.
 
@@ -166,7 +163,6 @@ class RolloutBatch:
             pad_token_id: id that fills `input_ids`; it is never attended to.
             num_update_tokens: see the class.
             num_update_sequences: see the class.
-            temperature: see the class.
         """
         sequences = [rollout.prompt_ids[row] + rollout.completions[row].token_ids for row in rows]
         shape = (len(rows), max(map(len, sequences)))
@@ -178,7 +174,6 @@ class RolloutBatch:
             advantages=torch.zeros(shape),
             num_update_tokens=num_update_tokens,
             num_update_sequences=num_update_sequences,
-            temperature=temperature,
         )
         for i, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
             completion = slice(len(rollout.prompt_ids[row]), len(sequence))

@@ -69,10 +69,15 @@ def check_exported(folder: str | Path, weights: Mapping[str, Tensor], *, dtype: 
     missing = [
         name
         for name in weights.keys() - written
-        if not any(torch.equal(weights[name], weights[other]) for other in written)
+        if not any(_is_tied(weights[name], weights[other]) for other in written)
     ]
     if missing:
         raise RuntimeError(f"the exported model in {folder} lacks {sorted(missing)[:5]}")
+
+
+def _is_tied(tensor: Tensor, other: Tensor) -> bool:
+    """True if two matrices are one: vectors, such as norms, may be equal by chance."""
+    return tensor.ndim > 1 and torch.equal(tensor, other)
 
 
 def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
@@ -96,6 +101,11 @@ def export_checkpoint(
         ValueError: if the file does not exist or holds no policy.
     """
     path = Path(checkpoint)
+    if path.is_dir():
+        raise ValueError(
+            f"the checkpoint {str(path)!r} is a folder of shards; train with the strategy's "
+            "`save_distributed_checkpoint: false`, which writes one file"
+        )
     if not path.is_file():
         raise ValueError(f"the checkpoint {str(path)!r} is no file")
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

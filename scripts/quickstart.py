@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -15,6 +17,8 @@ def main() -> None:
     if importlib.util.find_spec("vllm") is None:
         print("vLLM is not installed: the rollouts run on the transformers engine", flush=True)
         command.append("--data.engine=drpo_lightning.rollout.TransformersEngine")
+    if not torch.cuda.is_available():
+        command.append("--trainer.accelerator=cpu")  # Apple's has no float64
     environment = {"HF_HUB_OFFLINE": "1", **os.environ}  # model and data are part of the project
     try:
         sys.exit(subprocess.run([*command, *sys.argv[1:]], check=False, cwd=ROOT, env=environment).returncode)

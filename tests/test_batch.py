@@ -43,7 +43,6 @@ def collate(rows):
         pad_token_id=99,
         num_update_tokens=6,
         num_update_sequences=4,
-        temperature=0.7,
     )
 
 
@@ -67,7 +66,7 @@ def test_collate_worked_by_hand():
     expected = torch.tensor([[0, 0, -0.1, -0.2, -0.3], [0, 0, -0.4, 0, 0], [0, -0.5, -0.6, 0, 0]])
     assert torch.equal(batch.rollout_logprobs, expected)
     assert batch.advantages.tolist() == [[0, 0, 1, 1, 1], [0, 0, -1, 0, 0], [0, -2, -2, 0, 0]]
-    assert (batch.num_update_tokens, batch.num_update_sequences, batch.temperature) == (6, 4, 0.7)
+    assert (batch.num_update_tokens, batch.num_update_sequences) == (6, 4)
 
 
 def test_collate_keeps_the_order_of_rows_and_pads_to_the_longest_of_them():
@@ -115,7 +114,7 @@ def test_lightning_moves_a_batch_to_a_device():
     assert isinstance(moved, RolloutBatch)
     assert {getattr(moved, name).device.type for name in TENSORS} == {"meta"}
     assert {getattr(batch, name).device.type for name in TENSORS} == {"cpu"}
-    assert (moved.num_update_tokens, moved.num_update_sequences, moved.temperature) == (6, 4, 0.7)
+    assert (moved.num_update_tokens, moved.num_update_sequences) == (6, 4)
 
 
 def test_lightning_applies_a_function_to_the_tensors_of_a_batch():

@@ -136,7 +136,7 @@ def test_a_bad_setting_is_refused_before_anything_is_loaded(run, capsys, argumen
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data.sampling.temperature=0"], r"`data\.sampling\.temperature` must be positive in training, got 0"),
+        (["--data.sampling.temperature=0"], r"`data\.sampling\.temperature` must be positive, got 0"),
         (["--data.sampling.top_p=0.9"], r"top_p=0\.9, top_k=0 renormalises mu"),
         (["--data.sampling.top_k=5"], r"top_k=5 renormalises mu"),
         (["--data.num_updates=5"], r"512 completions .* cannot be split evenly into `data\.num_updates` 5"),

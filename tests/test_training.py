@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from drpo_lightning.batch import Sampling
-from drpo_lightning.callbacks import ExactMatchReward
+from drpo_lightning.callbacks import ExactMatchReward, PolicyCheckpoint
 from drpo_lightning.datamodules import ArithmeticPrompts
 from drpo_lightning.objectives import DPPO, DRPO, ClippedRatio, Unregularized
 
@@ -72,6 +73,35 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(make_run, tmp_path, sto
         resumed = stopped(tmp_path)
         resumed.fit(ckpt_path=tmp_path / f"at-step={stop_after_step}.ckpt")
     assert resumed.trainer.global_step == whole.trainer.global_step == 8
+    assert_equal_weights(weights(resumed), weights(whole))
+
+
+class InterruptOnce(Callback):
+    """Ctrl-C in the middle of a training step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [0, 2, 3], ids=["first step", "first step of a rollout", "mid-rollout"])
+def test_a_run_interrupted_inside_a_step_resumes_with_that_step(make_run, tmp_path, step):
+    whole = make_run(trainer={"max_epochs": 3})
+    whole.fit()
+    trainer = {"max_epochs": 3, "enable_checkpointing": True}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*exists and is not empty")
+        with pytest.raises(SystemExit):
+            make_run(InterruptOnce(step), PolicyCheckpoint(dirpath=tmp_path), trainer=trainer).fit()
+        if step == 0:
+            assert not (tmp_path / "last.ckpt").exists(), "nothing was trained yet"
+            return
+        resumed = make_run(PolicyCheckpoint(dirpath=tmp_path), trainer=trainer)
+        resumed.fit(ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.trainer.global_step == whole.trainer.global_step == 6
     assert_equal_weights(weights(resumed), weights(whole))
 
 

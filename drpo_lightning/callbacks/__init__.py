@@ -5,6 +5,7 @@ from drpo_lightning.callbacks.dashboard import Dashboard
 from drpo_lightning.callbacks.divergence import Divergence
 from drpo_lightning.callbacks.export_policy import ExportPolicy
 from drpo_lightning.callbacks.mask_statistics import MaskStatistics
+from drpo_lightning.callbacks.policy_checkpoint import PolicyCheckpoint
 from drpo_lightning.callbacks.policy_shift import PolicyShift
 from drpo_lightning.callbacks.progress import RolloutProgress
 from drpo_lightning.callbacks.rewards import ExactMatchReward, FunctionReward, NumericAnswerReward, RewardCallback
@@ -21,6 +22,7 @@ __all__ = [
     "FunctionReward",
     "MaskStatistics",
     "NumericAnswerReward",
+    "PolicyCheckpoint",
     "PolicyShift",
     "RewardCallback",
     "RolloutProgress",

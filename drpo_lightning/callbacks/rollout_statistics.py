@@ -27,6 +27,7 @@ class RolloutStatistics(Callback, RolloutHooks):
         self._tokens = 0.0
         self._started = 0.0
         self._sampled = 0.0
+        self._updated = 0.0
 
     def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Starts the clock of the iteration."""
@@ -46,15 +47,19 @@ class RolloutStatistics(Callback, RolloutHooks):
             log_metrics(trainer, pl_module, self._metrics)
             self._metrics = {}
 
+    def on_train_batch_end(self, *_: Any) -> None:  # noqa: ANN401
+        """Stops the clock of the updates: a validation may come before the end of the epoch."""
+        self._updated = time.perf_counter()
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the speed of the iteration."""
         if not self._sampled:
             return
-        now = time.perf_counter()
+        seconds = self._updated - self._started
         metrics = {
-            "perf/update_seconds": now - self._sampled,
-            "perf/iteration_seconds": now - self._started,
-            "perf/tokens_per_second": self._tokens / (now - self._started),
+            "perf/update_seconds": self._updated - self._sampled,
+            "perf/iteration_seconds": seconds,
+            "perf/tokens_per_second": self._tokens / seconds,
         }
         log_metrics(trainer, pl_module, metrics, is_epoch_end=True)
 

@@ -16,12 +16,13 @@ class RunSummary(Callback):
     def __init__(self) -> None:
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
+        self._last_step = 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Keeps the first and the latest figures."""
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
         self._first = self._first or metrics
-        self._last = metrics
+        self._last, self._last_step = metrics, trainer.global_step
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Prints the summary on rank 0."""
@@ -32,7 +33,8 @@ class RunSummary(Callback):
         lines = [f"{trainer.global_step} updates on {trainer.current_epoch} rollouts"]
         for label, key in (("reward", "val/reward/mean"), ("pass@1", "val/pass@1")):
             if key in self._last:
-                lines.append(f"held-out {label}: {self._first[key]:.3f} before -> {self._last[key]:.3f} after")
+                when = "after" if self._last_step == trainer.global_step else f"after {self._last_step} updates"
+                lines.append(f"held-out {label}: {self._first[key]:.3f} before -> {self._last[key]:.3f} {when}")
         if log_dir:
             lines.append(f"logs:    {log_dir}")
         lines += [f"policy:  {folder}" for folder in exported]

@@ -85,7 +85,14 @@ class HubPrompts(PromptSource):
         """See `PromptSource.load`."""
         from datasets import load_dataset
 
-        rows = [(f"row {i}", row) for i, row in enumerate(load_dataset(self.name, self.config, split=self.split))]
+        try:
+            data_set = load_dataset(self.name, self.config, split=self.split)
+        except (OSError, ValueError) as error:  # what `datasets` and the hub's client raise
+            raise SettingError(
+                f"the data set {self.name!r} (config {self.config!r}, split {self.split!r}) cannot be loaded: {error}. "
+                "Check its name, or download it and give its folder as `name`"
+            ) from error
+        rows = [(f"row {i}", row) for i, row in enumerate(data_set)]
         return _with_prompt(rows, self.prompt_column, self.columns, self.suffix, f"{self.name} ({self.split})")
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, Literal
@@ -160,7 +159,7 @@ class RolloutDataModule(LightningDataModule):
         rows = prompts.load()
         for reward in self._rewards:
             for i, row in enumerate(rows):
-                if missing := [name for name in reward.required_columns if row.get(name) is None]:
+                if missing := [name for name in reward.required_columns if name not in row]:
                     raise SettingError(
                         f"`{key}`: row {i} has no column {missing[0]!r}, which the reward {reward.name!r} needs; "
                         f"it has {sorted(row)}"
@@ -218,6 +217,8 @@ class RolloutDataModule(LightningDataModule):
         # Lightning validates in inference mode: an engine started in it could not take weights outside of it, and a
         # sharded policy would keep tensors that it cannot train with.
         with torch.inference_mode(mode=False), torch.no_grad():
+            if self._trainer.strategy.root_device.type == "cuda":
+                torch.cuda.empty_cache()  # what the last update's activations took is the engine's now
             if self.engine.is_started:
                 self.engine.wake()
             else:
@@ -233,6 +234,7 @@ class RolloutDataModule(LightningDataModule):
             device=self._trainer.strategy.root_device,
             num_ranks=self._trainer.world_size,
             seed=self.seed + self._trainer.global_rank,
+            trust_remote_code=self.trust_remote_code,
         )
 
     def _load_weights(self, source: WeightSource) -> None:
@@ -268,13 +270,17 @@ class RolloutDataModule(LightningDataModule):
     def next_rollout(self) -> None:
         """Synchronises the engine, samples and scores the next rollout."""
         module = self._trainer.lightning_module
+        self.rollout = None
         for hook in self._hooks:
             hook.on_rollout_start(self._trainer, module)
         self.refresh_engine()
         per_rank = self.num_prompts // self._trainer.world_size
         first = self.iteration * self.num_prompts + self._trainer.global_rank * per_rank
-        numbers = [self._prompt_number(i) for i in range(first, first + per_rank)]
-        self.rollout = self._sample([self._rows[n] for n in numbers], numbers, self.sampling, self.group_size)
+        positions = range(first, first + per_rank)
+        rows = [self._rows[self._prompt_number(position)] for position in positions]
+        # Of the place in the stream of prompts: a prompt that comes twice gets other samples the second time.
+        seeds = [_hash(self.seed, position) for position in positions]
+        self.rollout = self._sample(rows, seeds, self.sampling, self.group_size)
         self.engine.sleep()
         self.iteration += 1
         self._position = 0
@@ -286,7 +292,8 @@ class RolloutDataModule(LightningDataModule):
         self.refresh_engine()
         numbers = list(range(self._trainer.global_rank, len(self._val_rows), self._trainer.world_size))
         rows = [self._val_rows[n] for n in numbers]
-        rollout = self._sample(rows, numbers, self.val_sampling, self.val_num_samples, is_validation=True)
+        seeds = [_hash(self.seed, "validation", number) for number in numbers]
+        rollout = self._sample(rows, seeds, self.val_sampling, self.val_num_samples)
         self.engine.sleep()
         return rollout
 
@@ -301,24 +308,21 @@ class RolloutDataModule(LightningDataModule):
     def _sample(
         self,
         rows: list[dict[str, Any]],
-        numbers: list[int],
+        seeds: list[int],
         sampling: Sampling,
         num_samples: int,
-        *,
-        is_validation: bool = False,
     ) -> Rollout:
         """Samples completions of some prompts, decodes and scores them."""
         seeded = self.seeded_requests
         if seeded is None:
             seeded = self._trainer.strategy.root_device.type == "cpu"
-        moment = "validation" if is_validation else self.iteration
         started = time.perf_counter()
         groups = self.engine.generate(
             [row["prompt_ids"] for row in rows],
             sampling,
             num_samples=num_samples,
             stop_token_ids=self.encoder.stop_token_ids,
-            seeds=self._seeds(moment, numbers) if seeded else None,
+            seeds=seeds if seeded else None,
         )
         self.phase_seconds["generate"] = time.perf_counter() - started
         completions = [completion for group in groups for completion in group]
@@ -348,15 +352,6 @@ class RolloutDataModule(LightningDataModule):
             reward_parts=parts,
         )
 
-    def _seeds(self, moment: int | str, numbers: list[int]) -> list[int]:
-        """A seed for every prompt; one that comes twice in a rollout gets another the second time."""
-        times: Counter[int] = Counter()
-        seeds = []
-        for number in numbers:
-            seeds.append(_hash(self.seed, moment, number, times[number]))
-            times[number] += 1
-        return seeds
-
     def micro_batches(self, rollout: Rollout, num_batches: int) -> list[RolloutBatch]:
         """Splits a rollout at random into its micro-batches and counts every update's tokens. Collective.
 
@@ -381,7 +376,6 @@ class RolloutDataModule(LightningDataModule):
                 pad_token_id=self.encoder.pad_token_id,
                 num_update_tokens=totals[i // window][0],
                 num_update_sequences=totals[i // window][1],
-                temperature=self.sampling.temperature,
             )
             for i, rows in enumerate(chunks)
         ]
@@ -396,11 +390,13 @@ class RolloutDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration, and the rollout in use with the position in it, of every rank. Collective over ranks."""
-        mine: dict[str, Any] = {"iteration": self.iteration, "position": self._position, "rollout": None}
-        if self.rollout is not None and 0 < self._position < self._num_trained_batches:
+        # Not `_position`: a micro-batch that was handed out may have been interrupted before it was trained on.
+        trained = int(self._trainer.fit_loop.epoch_loop.batch_progress.current.processed)
+        mine: dict[str, Any] = {"iteration": self.iteration, "position": trained, "rollout": None}
+        if self.rollout is not None and trained < self._num_trained_batches:
             # Rewards are taken by now: the columns, which may hold anything, have served.
             mine["rollout"] = {**asdict(self.rollout), "columns": {}}
-        if self._position % int(self._trainer.accumulate_grad_batches) and mine["rollout"]:
+        if mine["rollout"] and trained % int(self._trainer.accumulate_grad_batches):
             rank_zero_warn(
                 "this checkpoint is in the middle of an optimizer update: the gradient accumulated so far is not in "
                 "it, and a run that is resumed from it will differ from one that goes on"
@@ -412,7 +408,9 @@ class RolloutDataModule(LightningDataModule):
         return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up this rank's part of `state_dict`."""
+        """Takes up this rank's part of `state_dict`, to go on training."""
+        if self._trainer.state.fn not in (None, "fit"):
+            return
         ranks = state_dict["ranks"]
         if len(ranks) != self._trainer.world_size:
             raise SettingError(

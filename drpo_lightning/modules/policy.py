@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -107,6 +107,12 @@ class PolicyModule(LightningModule, WeightSource):
 
     def setup(self, stage: str) -> None:
         """Checks that the policy is trained on the distribution that is sampled from."""
+        check_strategy(self.trainer.strategy)
+        if self.temperature == 0:
+            raise SettingError(
+                "`data.sampling.temperature` must be positive, got 0: greedy samples teach nothing. To validate with "
+                "them, set `data.val_sampling`"
+            )
         sampling = getattr(getattr(self.trainer, "datamodule", None), "sampling", None)
         if stage == "fit" and sampling is not None:
             check_sampling(sampling, self.objective, self.temperature)
@@ -131,6 +137,7 @@ class PolicyModule(LightningModule, WeightSource):
             language_model.gradient_checkpointing_enable({"use_reentrant": False})
         network = PolicyNetwork(language_model, temperature=self.temperature, chunk_size=self.logprob_chunk_size)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            check_mesh(self.device_mesh, self.trainer.world_size)
             shard(network, self.device_mesh["data_parallel"])  # type: ignore[index]
         self.network = network
 
@@ -281,16 +288,35 @@ def check_model_folder(model: str) -> None:
         raise ValueError(f"`model` {model!r} has no weights: no *.safetensors or pytorch_model*.bin in it")
 
 
+def check_strategy(strategy: Strategy) -> None:
+    """Raises `SettingError` for a strategy or a device that the policy cannot be trained with."""
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+        raise SettingError(
+            f"`trainer.strategy` {type(strategy).__name__} is not supported; take `ddp`, or "
+            "lightning.pytorch.strategies.ModelParallelStrategy, which shards the policy by FSDP2"
+        )
+    if strategy.root_device.type == "mps":
+        raise SettingError(
+            "`trainer.accelerator` mps is not supported, since it has no float64; set `trainer.accelerator: cpu`"
+        )
+
+
+def check_mesh(mesh: Any, world_size: int) -> None:  # noqa: ANN401
+    """Raises `SettingError` unless all ranks share the data: by default Lightning makes them tensor-parallel."""
+    size = mesh["data_parallel"].size()
+    if size != world_size:
+        raise SettingError(
+            f"`trainer.strategy` shares the data among {size} of {world_size} ranks, and the others would train on "
+            f"their own; set its init_args to data_parallel_size: {world_size}, tensor_parallel_size: 1"
+        )
+
+
 def check_sampling(sampling: Sampling, objective: Objective, temperature: float) -> None:
     """Checks that mu, the distribution that is sampled from, is one that pi can be compared with.
 
     Raises:
         SettingError: if not, naming the setting.
     """
-    if sampling.temperature == 0:
-        raise SettingError(
-            "`data.sampling.temperature` must be positive in training, got 0: greedy samples teach nothing"
-        )
     if sampling.temperature != temperature:
         raise SettingError(
             f"`model.temperature` {temperature} must equal `data.sampling.temperature` {sampling.temperature}: "

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from drpo_lightning.functional.ratios import importance_ratio, within_log_ratio_clamp
 
-OPTIONAL_INPUTS = frozenset({"sequence_ids", "proximal_logprobs", "topk"})
-
 
 class ObjectiveOutput(NamedTuple):
     """Per-token results; all but `loss` are without a gradient.
@@ -132,7 +130,7 @@ class Objective(ABC):
             rollout_logprobs=masked(rollout_logprobs.detach().float()),
             advantages=masked(advantages.detach().float()),
             completion_mask=completion_mask,
-            sequence_ids=sequence_ids,
+            sequence_ids=None if sequence_ids is None else sequence_ids.masked_fill(~completion_mask, 0),
             proximal_logprobs=None if proximal_logprobs is None else masked(proximal_logprobs.detach().float()),
             topk=topk,
         )

@@ -37,6 +37,16 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+def boxed_number(text: str) -> Decimal | None:
+    r"""The number in the last `\boxed{...}` of a text; None if there is none, or anything but a number in it."""
+    box = (last_boxed(text) or "").replace(MINUS_SIGN, "-")
+    for decoration in ("$", r"\!", r"\,", r"\ ", "{,}"):
+        box = box.replace(decoration, "," if decoration == "{,}" else "")
+    box = re.sub(r"\\text\{([^{}]*)\}", r"\1", box)
+    box = re.sub(r"^\s*[A-Za-z]\s*=", "", box).strip()  # x = 42
+    return Decimal(box.replace(",", "")) if NUMBER.fullmatch(box) else None
+
+
 def numeric_answer(completion: str, answer: str, *, boxed: bool = False) -> float:
     r"""1.0 if the last number of the completion equals the last number of the answer, else 0.0.
 
@@ -45,7 +55,7 @@ def numeric_answer(completion: str, answer: str, *, boxed: bool = False) -> floa
     Args:
         completion: what the policy wrote.
         answer: what the data set says.
-        boxed: looks for the number only in the completion's last `\boxed{...}`.
+        boxed: the completion's last `\boxed{...}` must hold the number and nothing else.
 
     Raises:
         ValueError: if the answer holds no number.
@@ -53,5 +63,5 @@ def numeric_answer(completion: str, answer: str, *, boxed: bool = False) -> floa
     expected = last_number(str(answer))
     if expected is None:
         raise ValueError(f"`answer` must hold a number, got {answer!r}")
-    given = last_boxed(completion) or "" if boxed else completion
-    return float(last_number(given) == expected)
+    given = boxed_number(completion) if boxed else last_number(completion)
+    return float(given == expected)

@@ -52,7 +52,9 @@ class RolloutEngine(ABC):
         """True between `start` and `close`."""
 
     @abstractmethod
-    def start(self, model: str, *, device: torch.device, num_ranks: int, seed: int) -> None:
+    def start(
+        self, model: str, *, device: torch.device, num_ranks: int, seed: int, trust_remote_code: bool = False
+    ) -> None:
         """Loads the model and makes ready to generate.
 
         Args:
@@ -60,6 +62,7 @@ class RolloutEngine(ABC):
             device: the trainer's device on this rank.
             num_ranks: processes of the trainer.
             seed: seeds requests that have no seed of their own.
+            trust_remote_code: whether code that comes with the model may run.
 
         Raises:
             EngineError: if the engine does not come up.

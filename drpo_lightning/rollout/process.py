@@ -1,5 +1,6 @@
 """A rollout engine in a process of its own: calls over a private pipe, weights through shared memory."""
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -48,6 +49,8 @@ class EngineProcess:
             )
             self._process.start()
         child.close()
+        # A Python program that forgets to close us would otherwise wait for the child for ever when it ends.
+        atexit.register(self.close)
 
     @property
     def pid(self) -> int | None:
@@ -102,7 +105,7 @@ class EngineProcess:
         if self._connection in ready:
             try:
                 kind, value = self._connection.recv()
-            except EOFError as error:
+            except (EOFError, OSError) as error:
                 raise EngineError(self._death_notice()) from error
             if kind == "error":
                 raise EngineError(f"`{method}` failed in the engine's process:\n{value}")
@@ -120,7 +123,8 @@ class EngineProcess:
         return f"the engine's process died (exit code {self._process.exitcode}); its own output stands above"
 
     def close(self, timeout_seconds: float = 5.0) -> None:
-        """Ends the child: asks it to, then kills it and its process group."""
+        """Ends the child: asks it to, then kills it and its process group. May be called again."""
+        atexit.unregister(self.close)
         if self._process.is_alive():
             with contextlib.suppress(OSError):
                 self._connection.send(("close", (), {}))
@@ -164,7 +168,13 @@ def _serve(connection: Connection, buffer: Tensor, factory: "Callable[..., Any]"
     """Main function of the child: answers calls until `close`."""
     os.setpgid(0, 0)  # a Ctrl-C in the terminal is for the trainer, which ends this process in order
     _watch_parent()
-    target = factory(*args)
+    try:
+        target = factory(*args)
+    except Exception:  # noqa: BLE001 - whatever it is, it is the answer to the first call
+        with contextlib.suppress(EOFError):
+            connection.recv()
+            connection.send(("error", traceback.format_exc()))
+        return
     while True:
         try:
             method, call_args, kwargs = connection.recv()

@@ -17,7 +17,6 @@ class TransformersEngine(RolloutEngine):
     Args:
         dtype: precision of the replica.
         max_batch_size: sequences generated at a time.
-        trust_remote_code: whether code that comes with the model may run.
         sleep: see `RolloutEngine`.
     """
 
@@ -25,7 +24,6 @@ class TransformersEngine(RolloutEngine):
         self,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         max_batch_size: int = 512,
-        trust_remote_code: bool = False,
         sleep: SleepMode = "auto",
     ) -> None:
         super().__init__(sleep)
@@ -33,7 +31,6 @@ class TransformersEngine(RolloutEngine):
             raise ValueError(f"`max_batch_size` must be at least 1, got {max_batch_size}")
         self.dtype_name = dtype
         self.max_batch_size = max_batch_size
-        self.trust_remote_code = trust_remote_code
         self._model: Any = None
         self._generator: torch.Generator | None = None
         self._device = torch.device("cpu")
@@ -51,14 +48,22 @@ class TransformersEngine(RolloutEngine):
         """True on an accelerator: the replica moves to the host's memory."""
         return self._device.type != "cpu"
 
-    def start(self, model: str, *, device: torch.device, num_ranks: int, seed: int) -> None:  # noqa: ARG002
+    def start(
+        self,
+        model: str,
+        *,
+        device: torch.device,
+        num_ranks: int,  # noqa: ARG002
+        seed: int,
+        trust_remote_code: bool = False,
+    ) -> None:
         """Loads the replica."""
         from transformers import AutoModelForCausalLM
 
         self._device = device
         self.check_sleep()
         replica = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, self.dtype_name), trust_remote_code=self.trust_remote_code
+            model, dtype=getattr(torch, self.dtype_name), trust_remote_code=trust_remote_code
         )
         self.context_tokens = replica.config.get_text_config().max_position_embeddings
         self._generator = torch.Generator().manual_seed(seed)

@@ -23,7 +23,7 @@ class VLLMEngine(RolloutEngine):
 
     Args:
         process: `in_process` shares the trainer's process (one rank only), `own` starts one for the engine;
-            `auto` is `in_process` on one rank and `own` on several.
+            `auto` is `in_process` on one rank, on a CPU or the first GPU, and else `own`.
         dtype: precision of the weights and activations, vLLM's `dtype`.
         max_model_len: most tokens of prompt and completion; by default the model's context.
         gpu_memory_utilization: share of the GPU's memory for weights and KV cache; without meaning on a CPU.
@@ -31,7 +31,8 @@ class VLLMEngine(RolloutEngine):
             on a GPU.
         enforce_eager: skips compilation and CUDA graphs: a faster start, slower generation.
         engine_kwargs: further arguments of `vllm.LLM`, passed through untouched.
-        start_timeout_seconds: how long an engine of its own process may take to start.
+        start_timeout_seconds: how long an engine in a process of its own may take to start. In the trainer's process
+            nothing is waited for, and the three time-outs have no meaning.
         generate_timeout_seconds: how long it may take to sample one rollout.
         sync_timeout_seconds: how long it may take to load one bucket of weights.
         sleep: see `RolloutEngine`. A GPU engine can, a CPU engine cannot.
@@ -65,8 +66,10 @@ class VLLMEngine(RolloutEngine):
             "logprobs_mode": "processed_logprobs",
             "use_tqdm_on_load": False,
             "generation_config": "vllm",  # stop tokens come with each request, not from the model's folder
-            **(engine_kwargs or {}),
         }
+        if owned := sorted((engine_kwargs or {}).keys() & {*self.llm_kwargs, "model", "seed", "trust_remote_code"}):
+            raise ValueError(f"`engine_kwargs` must not hold {owned}: they are set elsewhere, or must be as they are")
+        self.llm_kwargs |= engine_kwargs or {}
         self.max_context_tokens = max_model_len
         self.kv_cache_gib = kv_cache_gib
         self.start_timeout_seconds = start_timeout_seconds
@@ -95,18 +98,23 @@ class VLLMEngine(RolloutEngine):
         """True on a GPU: vLLM's sleep level 1 frees the KV cache and moves the weights to the host's memory."""
         return not self._on_cpu
 
-    def start(self, model: str, *, device: torch.device, num_ranks: int, seed: int) -> None:
+    def start(
+        self, model: str, *, device: torch.device, num_ranks: int, seed: int, trust_remote_code: bool = False
+    ) -> None:
         """Starts vLLM."""
         self.check_available()
-        in_process = self.process == "in_process" or (self.process == "auto" and num_ranks == 1)
+        is_first_device = device.index in (None, 0)  # in the trainer's process vLLM takes the first GPU
+        in_process = self.process == "in_process" or (self.process == "auto" and num_ranks == 1 and is_first_device)
         if in_process and num_ranks > 1:
             raise SettingError(
                 f"`process: in_process` works on one rank only, got {num_ranks}: vLLM would take over the trainer's "
                 "process group; set `process: own`"
             )
+        if in_process and not is_first_device:
+            raise SettingError(f"`process: in_process` works on the first GPU only, got {device}; set `process: own`")
         self._on_cpu = device.type == "cpu"
         self.check_sleep()
-        llm_kwargs = {"model": model, "seed": seed, **self.llm_kwargs}
+        llm_kwargs = {"model": model, "seed": seed, "trust_remote_code": trust_remote_code, **self.llm_kwargs}
         kv_cache_gib = 1.0 if self.kv_cache_gib is None and self._on_cpu else self.kv_cache_gib
         if kv_cache_gib is not None:
             llm_kwargs["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
@@ -116,7 +124,7 @@ class VLLMEngine(RolloutEngine):
             os.environ.update(_environment_of_engine(device, own_process=False))
             self._local = _VLLM(llm_kwargs)
         else:
-            shapes = model_weight_shapes(model, trust_remote_code=bool(llm_kwargs.get("trust_remote_code")))
+            shapes = model_weight_shapes(model, trust_remote_code=trust_remote_code)
             largest = max(shape.numel() for shape in shapes.values()) * torch.float32.itemsize
             self._remote = EngineProcess(
                 _VLLM, (llm_kwargs,), _environment_of_engine(device, own_process=True), max(BUCKET_BYTES, largest)

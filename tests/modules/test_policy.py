@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 
 from drpo_lightning.batch import Sampling
 from drpo_lightning.datamodules import ArithmeticPrompts, RolloutDataModule
 from drpo_lightning.modules import PolicyModule
-from drpo_lightning.modules.policy import check_model_folder, check_sampling, fraction_rounded_away
+from drpo_lightning.modules.policy import check_model_folder, check_sampling, check_strategy, fraction_rounded_away
 from drpo_lightning.objectives import DPPO, DRPO, ClippedRatio, Objective, Unregularized
 
 AGGREGATIONS = [
@@ -350,7 +351,6 @@ def test_the_sum_over_tokens_needs_a_horizon(model_folder, horizon):
 @pytest.mark.parametrize(
     ("sampling", "temperature", "message"),
     [
-        (Sampling(temperature=0.0), 0.0, r"`data\.sampling\.temperature` must be positive in training, got 0"),
         (Sampling(temperature=0.7), 1.0, r"`model\.temperature` 1\.0 must equal `data\.sampling\.temperature` 0\.7"),
         (Sampling(top_p=0.9), 1.0, "top_p=0.9, top_k=0 renormalises mu .*DRPO divides by it; set top_p: 1.0"),
         (Sampling(top_k=20), 1.0, "top_p=1.0, top_k=20 renormalises mu"),
@@ -363,6 +363,24 @@ def test_samples_of_another_distribution_are_refused(make_run, sampling, tempera
     with pytest.raises(ValueError, match=message):
         run.fit()
     assert run.module.network is None
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_a_greedy_policy_is_refused_in_training_and_validation(make_run, stage):
+    run = make_run(
+        module={"temperature": 0.0},
+        data={"sampling": Sampling(temperature=0.0), "val_prompts": ArithmeticPrompts("validation")},
+    )
+    with pytest.raises(ValueError, match=r"`data\.sampling\.temperature` must be positive.*set `data\.val_sampling`"):
+        getattr(run.trainer, stage)(run.module, run.data)
+
+
+def test_a_strategy_without_support_is_refused():
+    check_strategy(SingleDeviceStrategy())
+    with pytest.raises(ValueError, match=r"`trainer\.strategy` FSDPStrategy is not supported; take `ddp`"):
+        check_strategy(FSDPStrategy())
+    with pytest.raises(ValueError, match=r"mps is not supported.*set `trainer.accelerator: cpu`"):
+        check_strategy(SingleDeviceStrategy(device="mps"))
 
 
 def test_samples_of_the_same_distribution_are_taken():

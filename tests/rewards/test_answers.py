@@ -67,7 +67,7 @@ def test_a_text_without_a_number_has_none(text):
 def test_the_last_number_is_found_however_it_is_written(units, places, text):
     number = Decimal(units).scaleb(-places)
     for written in (f"{number:f}", f"{number:,f}"):
-        assert last_number(f"3 {text}{written}{text}") == number
+        assert last_number(f"3 {text} {written}{text}") == number
 
 
 @pytest.mark.parametrize(
@@ -169,3 +169,9 @@ def test_a_hyphen_is_no_sign(completion, answer):
 def test_the_minus_sign_of_typography_is_a_sign():
     assert numeric_answer("\u22125", "5") == 0.0
     assert numeric_answer("\u22125", "-5") == 1.0
+
+
+@pytest.mark.parametrize("box", [r"\frac{3}{2}", "10^5", "x=3,y=2", "1 or 2", "2.5e2", "2 cm", ""])
+def test_a_box_with_more_than_a_number_does_not_pass(box):
+    for answer in ("2", "5", "3"):
+        assert numeric_answer(rf"\boxed{{{box}}}", answer, boxed=True) == 0.0

@@ -5,12 +5,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from drpo_lightning.rollout import EngineError
 from drpo_lightning.rollout.process import EngineProcess
+
+ROOT = Path(__file__).parents[2]
+
+
+def failing(greeting: str) -> None:
+    raise LookupError(f"{greeting} failed to start")
 
 
 class Recorder:
@@ -122,6 +129,27 @@ def test_weights_arrive_complete_through_a_buffer_smaller_than_them(process):
     assert list(loaded) == list(weights)
 
 
+def test_an_object_that_cannot_be_built_is_the_answer_to_the_first_call():
+    process = EngineProcess(failing, ("hello",), {}, bucket_bytes=256)
+    with pytest.raises(EngineError, match=r"(?s)`greet` failed.*LookupError: hello failed to start"):
+        process.call("greet", "you", timeout_seconds=60)
+    process.close()
+
+
+def test_a_program_that_forgets_to_close_ends_all_the_same():
+    script = (
+        "from drpo_lightning.rollout.process import EngineProcess\n"
+        "from tests.rollout.test_process import Recorder\n"
+        "if __name__ == '__main__':\n"
+        "    process = EngineProcess(Recorder, ('hello',), {}, 256)\n"
+        "    print(process.call('pid', timeout_seconds=60), flush=True)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True
+    )
+    assert gone_within(int(result.stdout), 10)
+
+
 def test_closing_ends_the_process(process):
     process.call("pid", timeout_seconds=60)
     pid = process.pid
@@ -141,8 +169,7 @@ def test_the_process_ends_when_its_parent_is_killed(sent):
         "    print(process.call('pid', timeout_seconds=60), flush=True)\n"
         "    time.sleep(60)\n"
     )
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=root) as parent:
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
         pid = int(parent.stdout.readline())
         assert is_alive(pid)
         parent.send_signal(sent)
