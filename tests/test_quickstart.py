@@ -216,9 +216,10 @@ def user_folder(tmp_path):
 
 
 def user_run(folder, environment, *arguments):
-    small = ("--trainer.max_epochs=1", "--data.num_prompts=8", f"--config={ROOT / 'configs' / 'quickstart.yaml'}")
+    small = ("--trainer.max_epochs=1", "--data.num_prompts=8", "--trainer.accelerator=cpu")
     engine = "--data.engine=drpo_lightning.rollout.TransformersEngine"
-    command = [Path(sys.executable).parent / "drpo", "fit", *small, engine, "--trainer.accelerator=cpu"]
+    config = f"--config={ROOT / 'configs' / 'quickstart.yaml'}"
+    command = [Path(sys.executable).parent / "drpo", "fit", config, *small, engine]
     command += [f"--model.model={ROOT / 'models' / 'arithmetic'}", *arguments]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
