@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from drpo_lightning.batch import Sampling
-from drpo_lightning.rollout import EngineError, check_weights
+from drpo_lightning.callbacks import SyncProbe
+from drpo_lightning.modules import PolicyModule
+from drpo_lightning.rollout import EngineError, VLLMEngine, check_weights
+from drpo_lightning.rollout.vllm import _VLLM
 from drpo_lightning.rollout.weights import model_weight_shapes
 from tests.rollout.conftest import MODEL, start
 from tests.rollout.test_engines import EOS, TOLERANCE, trainer_logprobs
@@ -82,3 +85,56 @@ def test_a_weight_that_the_engine_refuses_is_an_error(vllm_engine, policy):
     vllm_engine.close()
     start(vllm_engine)
     assert worst_difference(vllm_engine, policy) < TOLERANCE
+
+
+class KeepsPrefixCache(_VLLM):
+    """vLLM without the safeguard against cached prefixes of older weights."""
+
+    def load_weights(self, weights):
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+
+
+@pytest.fixture
+def run_on_vllm(make_run):
+    """A small run whose weights change by a lot at every update."""
+
+    def run(*callbacks):
+        return make_run(
+            *callbacks,
+            trainer={"max_epochs": 2},
+            module={"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=5.0)},
+            data={"engine": VLLMEngine(process="own", dtype="float32", enforce_eager=True)},
+        )
+
+    return run
+
+
+def test_the_probe_passes_after_every_sync(run_on_vllm):
+    run_on_vllm(SyncProbe()).fit()
+
+
+def test_the_probe_finds_a_prefix_cache_kept_from_older_weights(run_on_vllm, monkeypatch):
+    monkeypatch.setattr("drpo_lightning.rollout.vllm._VLLM", KeepsPrefixCache)
+    with pytest.raises(EngineError, match=r"differ by .* nats on the probe"):
+        run_on_vllm(SyncProbe()).fit()
+
+
+def test_the_probe_finds_a_tied_head_left_behind(run_on_vllm, monkeypatch):
+    whole = PolicyModule.named_weights
+    monkeypatch.setattr(
+        PolicyModule, "named_weights", lambda self: (item for item in whole(self) if item[0] != "lm_head.weight")
+    )
+    with pytest.raises(EngineError, match=r"differ by .* nats on the probe"):
+        run_on_vllm(SyncProbe()).fit()
+
+
+def test_nan_weights_are_not_sent(run_on_vllm, make_recorder):
+    def poison(trainer, pl_module, batch_idx):
+        with torch.no_grad():
+            pl_module.network.language_model.model.norm.weight[3] = torch.nan
+
+    run = run_on_vllm(recorder := make_recorder(poison))
+    with pytest.raises(ValueError, match="a weight of the policy is NaN or infinite"):
+        run.fit()
+    assert recorder.events.count("refresh") == 1
+    assert not run.data.engine.is_started
