@@ -144,7 +144,14 @@ def test_ctrl_c_ends_the_engine_and_keeps_a_checkpoint(environment, tmp_path, en
     log = tmp_path / "printed"
     with log.open("w") as output:
         run = subprocess.Popen(
-            drpo(*arguments), cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+            drpo(*arguments),
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            # Tests that run in the background are started with Ctrl-C ignored, and would hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             deadline = time.monotonic() + TIMEOUT_SECONDS
