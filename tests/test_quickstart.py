@@ -166,6 +166,7 @@ def test_ctrl_c_ends_the_engine_and_keeps_a_checkpoint(environment, tmp_path, en
             run.wait(timeout=60)
         finally:
             run.kill()
+            run.wait(timeout=30)
     deadline = time.monotonic() + 20
     while (alive := [pid for pid in started if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.2)
