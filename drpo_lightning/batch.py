@@ -51,18 +51,25 @@ class Completion:
         token_ids: sampled tokens; the end-of-sequence token is one of them if it was drawn.
         logprobs: log mu of each token, in nats, of the distribution that was sampled from.
         finish_reason: `stop` after an end-of-sequence token, `length` if it was cut off.
+        topk_ids: the K most likely tokens under mu at each position, most likely first; None if not asked for.
+        topk_logprobs: log mu of those, in nats.
 
     Raises:
-        ValueError: if there is not one logprob per token.
+        ValueError: if there is not one logprob per token, or not one row of the top K.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
+    topk_ids: Int[Tensor, "tokens k"] | None = field(default=None, compare=False)
+    topk_logprobs: Float[Tensor, "tokens k"] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(f"a completion of {len(self.token_ids)} tokens has {len(self.logprobs)} logprobs")
+        for name in ("topk_ids", "topk_logprobs"):
+            if (topk := getattr(self, name)) is not None and len(topk) != len(self.token_ids):
+                raise ValueError(f"a completion of {len(self.token_ids)} tokens has {len(topk)} rows of `{name}`")
 
     @property
     def is_truncated(self) -> bool:
@@ -83,6 +90,9 @@ class Rollout:
         group_size: samples per prompt.
         rewards: weighted sum of the rewards, one per sample.
         reward_parts: each reward by name, one value per sample, NaN where it does not apply.
+        prompt_numbers: row of the data set that each prompt is, once per sample.
+        proximal_logprobs: log pi_prox of each sampled token, in nats, under the trainer's weights of the rollout, one
+            list per sample; None if no objective asks for it.
     """
 
     prompts: list[str]
@@ -93,6 +103,8 @@ class Rollout:
     group_size: int
     rewards: Float[Tensor, " samples"]
     reward_parts: dict[str, Float[Tensor, " samples"]] = field(default_factory=dict)
+    prompt_numbers: list[int] = field(default_factory=list)
+    proximal_logprobs: list[list[float]] | None = None
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -123,6 +135,10 @@ class RolloutBatch:
         advantages: A of each token, in units of reward, 0 outside the completions.
         num_update_tokens: completion tokens of the optimizer update, over all its micro-batches and ranks.
         num_update_sequences: sequences of the optimizer update, over all its micro-batches and ranks.
+        sample_ids: which sample of this rank's rollout each row is.
+        proximal_logprobs: log pi_prox in nats, 0 outside the completions; None if no objective asks for it.
+        topk_ids: the K most likely tokens under mu, 0 outside the completions; None if no objective asks for them.
+        topk_logprobs: log mu of those, in nats, 0 outside the completions.
 
     Raises:
         ValueError: if shapes differ: a `[batch]` advantage would silently broadcast along `seq` when batch = seq.
@@ -135,6 +151,10 @@ class RolloutBatch:
     advantages: Float[Tensor, "batch seq"]
     num_update_tokens: int
     num_update_sequences: int
+    sample_ids: Int[Tensor, " batch"]
+    proximal_logprobs: Float[Tensor, "batch seq"] | None = None
+    topk_ids: Int[Tensor, "batch seq k"] | None = None
+    topk_logprobs: Float[Tensor, "batch seq k"] | None = None
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -174,7 +194,13 @@ class RolloutBatch:
             advantages=torch.zeros(shape),
             num_update_tokens=num_update_tokens,
             num_update_sequences=num_update_sequences,
+            sample_ids=torch.tensor(rows),
         )
+        if rollout.proximal_logprobs is not None:
+            batch.proximal_logprobs = torch.zeros(shape)
+        if (topk := rollout.completions[rows[0]].topk_ids) is not None:
+            batch.topk_ids = torch.zeros(*shape, topk.shape[1], dtype=torch.long)
+            batch.topk_logprobs = torch.zeros(*shape, topk.shape[1])
         for i, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
             completion = slice(len(rollout.prompt_ids[row]), len(sequence))
             batch.input_ids[i, : len(sequence)] = torch.tensor(sequence)
@@ -182,6 +208,13 @@ class RolloutBatch:
             batch.completion_mask[i, completion] = True
             batch.rollout_logprobs[i, completion] = torch.tensor(rollout.completions[row].logprobs)
             batch.advantages[i, completion] = advantages[row]
+            if rollout.proximal_logprobs is not None and batch.proximal_logprobs is not None:
+                batch.proximal_logprobs[i, completion] = torch.tensor(rollout.proximal_logprobs[row])
+            sampled = rollout.completions[row]
+            if sampled.topk_ids is not None and sampled.topk_logprobs is not None:
+                assert batch.topk_ids is not None and batch.topk_logprobs is not None  # noqa: PT018
+                batch.topk_ids[i, completion] = sampled.topk_ids
+                batch.topk_logprobs[i, completion] = sampled.topk_logprobs
         return batch
 
 

@@ -19,6 +19,7 @@ from drpo_lightning.functional.advantages import group_advantages
 from drpo_lightning.rewards.base import Reward, RewardBatch, combine_rewards, score_rewards
 from drpo_lightning.rollout.engine import EngineError, RolloutEngine
 from drpo_lightning.rollout.hooks import RolloutHooks
+from drpo_lightning.rollout.policy import RolloutPolicy
 from drpo_lightning.rollout.weights import WeightSource, check_weights, model_weight_shapes
 
 
@@ -277,11 +278,19 @@ class RolloutDataModule(LightningDataModule):
         per_rank = self.num_prompts // self._trainer.world_size
         first = self.iteration * self.num_prompts + self._trainer.global_rank * per_rank
         positions = range(first, first + per_rank)
-        rows = [self._rows[self._prompt_number(position)] for position in positions]
+        numbers = [self._prompt_number(position) for position in positions]
         # Of the place in the stream of prompts: a prompt that comes twice gets other samples the second time.
         seeds = [_hash(self.seed, position) for position in positions]
-        self.rollout = self._sample(rows, seeds, self.sampling, self.group_size)
+        policy = module if isinstance(module, RolloutPolicy) else None
+        num_topk = policy.num_topk if policy else 0
+        self.rollout = self._sample(self._rows, numbers, seeds, self.sampling, self.group_size, num_topk)
         self.engine.sleep()
+        if policy and policy.needs_proximal_logprobs:
+            batch_size = len(self.rollout) // self._num_micro_batches
+            pad_token_id = self.encoder.pad_token_id
+            self.rollout.proximal_logprobs = policy.score(
+                self.rollout, batch_size=batch_size, pad_token_id=pad_token_id
+            )
         self.iteration += 1
         self._position = 0
         for hook in self._hooks:
@@ -291,9 +300,8 @@ class RolloutDataModule(LightningDataModule):
         """Samples and scores this rank's validation prompts with the current weights."""
         self.refresh_engine()
         numbers = list(range(self._trainer.global_rank, len(self._val_rows), self._trainer.world_size))
-        rows = [self._val_rows[n] for n in numbers]
         seeds = [_hash(self.seed, "validation", number) for number in numbers]
-        rollout = self._sample(rows, seeds, self.val_sampling, self.val_num_samples)
+        rollout = self._sample(self._val_rows, numbers, seeds, self.val_sampling, self.val_num_samples)
         self.engine.sleep()
         return rollout
 
@@ -307,12 +315,15 @@ class RolloutDataModule(LightningDataModule):
 
     def _sample(
         self,
-        rows: list[dict[str, Any]],
+        data: list[dict[str, Any]],
+        numbers: list[int],
         seeds: list[int],
         sampling: Sampling,
         num_samples: int,
+        num_topk: int = 0,
     ) -> Rollout:
-        """Samples completions of some prompts, decodes and scores them."""
+        """Samples completions of some rows of a data set, decodes and scores them."""
+        rows = [data[number] for number in numbers]
         seeded = self.seeded_requests
         if seeded is None:
             seeded = self._trainer.strategy.root_device.type == "cpu"
@@ -323,6 +334,7 @@ class RolloutDataModule(LightningDataModule):
             num_samples=num_samples,
             stop_token_ids=self.encoder.stop_token_ids,
             seeds=seeds if seeded else None,
+            num_topk=num_topk,
         )
         self.phase_seconds["generate"] = time.perf_counter() - started
         completions = [completion for group in groups for completion in group]
@@ -350,6 +362,7 @@ class RolloutDataModule(LightningDataModule):
             group_size=num_samples,
             rewards=combine_rewards(parts, {reward.name: reward.weight for reward in self._rewards}),
             reward_parts=parts,
+            prompt_numbers=[number for number in numbers for _ in range(num_samples)],
         )
 
     def micro_batches(self, rollout: Rollout, num_batches: int) -> list[RolloutBatch]:

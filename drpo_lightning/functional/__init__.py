@@ -3,15 +3,19 @@
 from drpo_lightning.functional.advantages import ADVANTAGES, group_advantages
 from drpo_lightning.functional.aggregation import AGGREGATIONS, aggregate_loss
 from drpo_lightning.functional.divergences import (
+    TopKLogprobs,
     binary_kl_divergence,
     binary_tv_divergence,
     k1_divergence,
     k3_divergence,
+    topk_kl_divergence,
+    topk_tv_divergence,
 )
 from drpo_lightning.functional.logprobs import linear_token_logprobs, sampling_logprobs
 from drpo_lightning.functional.ratios import (
     LOG_RATIO_CLAMP,
     importance_ratio,
+    log_importance_ratio,
     probability_shift,
     within_log_ratio_clamp,
 )
@@ -20,6 +24,7 @@ __all__ = [
     "ADVANTAGES",
     "AGGREGATIONS",
     "LOG_RATIO_CLAMP",
+    "TopKLogprobs",
     "aggregate_loss",
     "binary_kl_divergence",
     "binary_tv_divergence",
@@ -28,7 +33,10 @@ __all__ = [
     "k1_divergence",
     "k3_divergence",
     "linear_token_logprobs",
+    "log_importance_ratio",
     "probability_shift",
     "sampling_logprobs",
+    "topk_kl_divergence",
+    "topk_tv_divergence",
     "within_log_ratio_clamp",
 ]

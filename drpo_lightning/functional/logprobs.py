@@ -11,22 +11,31 @@ def _chunk_logprobs(
     hidden: Float[Tensor, "tokens hidden"],
     weight: Float[Tensor, "vocab hidden"],
     bias: Float[Tensor, " vocab"] | None,
-    targets: Int[Tensor, " tokens"],
+    targets: Int[Tensor, "tokens ..."],
     temperature: float,
-) -> Float[Tensor, " tokens"]:
-    logits = F.linear(hidden, weight, bias).float() / temperature
-    return -F.cross_entropy(logits, targets, reduction="none")
+) -> Float[Tensor, "tokens ..."]:
+    return target_logprobs(F.linear(hidden, weight, bias), targets, temperature=temperature)
+
+
+def target_logprobs(
+    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, "tokens ..."], *, temperature: float = 1.0
+) -> Float[Tensor, "tokens ..."]:
+    """`log softmax(logits / T)[target]` in float32, of one or several target ids per token."""
+    logits = logits.float() / temperature
+    if targets.ndim == 1:
+        return -F.cross_entropy(logits, targets, reduction="none")
+    return logits.gather(1, targets) - logits.logsumexp(1, keepdim=True)
 
 
 def linear_token_logprobs(
     hidden: Float[Tensor, "tokens hidden"],
     weight: Float[Tensor, "vocab hidden"],
-    targets: Int[Tensor, " tokens"],
+    targets: Int[Tensor, "tokens ..."],
     *,
     bias: Float[Tensor, " vocab"] | None = None,
     temperature: float = 1.0,
     chunk_size: int = 1024,
-) -> Float[Tensor, " tokens"]:
+) -> Float[Tensor, "tokens ..."]:
     """`log softmax(W h / T)[target]` of each token, without ever holding the logits of all tokens.
 
     The logits of `chunk_size` tokens exist at a time; the backward pass computes them again. Logits are turned to
@@ -35,7 +44,7 @@ def linear_token_logprobs(
     Args:
         hidden: last hidden states, one row per predicted token.
         weight: the head's weight.
-        targets: token ids whose logprob is asked.
+        targets: token ids whose logprob is asked, one or several per token.
         bias: the head's bias, if it has one.
         temperature: sampling temperature T that the logits are divided by.
         chunk_size: tokens whose logits exist at a time; the memory is `chunk_size * vocab` floats.

@@ -8,6 +8,13 @@ LOG_RATIO_CLAMP = 20.0
 """Bound on |log pi - log mu|, in nats. Beyond it a token has a finite objective and no gradient."""
 
 
+def log_importance_ratio(
+    policy_logprobs: Float[Tensor, "*tokens"], rollout_logprobs: Float[Tensor, "*tokens"]
+) -> Float[Tensor, "*tokens"]:
+    """`clamp(log pi - log mu, -20, 20)`, in nats; without a gradient where the clamp is active."""
+    return (policy_logprobs - rollout_logprobs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+
+
 def importance_ratio(
     policy_logprobs: Float[Tensor, "*tokens"], rollout_logprobs: Float[Tensor, "*tokens"]
 ) -> Float[Tensor, "*tokens"]:
@@ -22,7 +29,7 @@ def importance_ratio(
     Returns:
         r, positive, 1 where pi = mu; at most e^20 = 4.9e8.
     """
-    return (policy_logprobs - rollout_logprobs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+    return log_importance_ratio(policy_logprobs, rollout_logprobs).exp()
 
 
 def within_log_ratio_clamp(
@@ -47,5 +54,4 @@ def probability_shift(
     Returns:
         pi - mu in units of probability, in [-1, 1]; 0 where pi = mu.
     """
-    log_ratio = (policy_logprobs - rollout_logprobs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-    return rollout_logprobs.exp() * torch.expm1(log_ratio)
+    return rollout_logprobs.exp() * torch.expm1(log_importance_ratio(policy_logprobs, rollout_logprobs))

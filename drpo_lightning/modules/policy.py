@@ -14,17 +14,19 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from drpo_lightning.batch import RolloutBatch, Sampling, ValidationBatch
+from drpo_lightning.batch import Rollout, RolloutBatch, Sampling, ValidationBatch
 from drpo_lightning.errors import SettingError
 from drpo_lightning.functional.aggregation import aggregate_loss
+from drpo_lightning.functional.divergences import TopKLogprobs
 from drpo_lightning.logs import log_interval, log_metrics
 from drpo_lightning.metrics import ValidationStatistics
 from drpo_lightning.modules.policy_network import PolicyNetwork
 from drpo_lightning.objectives import DRPO, Objective, ObjectiveOutput
+from drpo_lightning.rollout.policy import RolloutPolicy
 from drpo_lightning.rollout.weights import WeightSource
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
-PROVIDED_INPUTS = {"sequence_ids"}
+PROVIDED_INPUTS = {"sequence_ids", "proximal_logprobs", "topk"}
 """Optional inputs of objectives that `training_step` provides."""
 
 
@@ -43,7 +45,7 @@ class StepOutput(TypedDict):
     objective: ObjectiveOutput
 
 
-class PolicyModule(LightningModule, WeightSource):
+class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
     """Trains a causal language model by a policy objective on `RolloutBatch`es.
 
     One `training_step` is one micro-batch; `trainer.accumulate_grad_batches` of them make an optimizer update. The
@@ -166,14 +168,20 @@ class PolicyModule(LightningModule, WeightSource):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Bool[Tensor, "batch seq"],
         completion_mask: Bool[Tensor, "batch seq"],
-    ) -> Float[Tensor, "batch seq"]:
+        topk_ids: Int[Tensor, "batch seq k"] | None = None,
+    ) -> Float[Tensor, "batch seq ..."]:
         """Log pi of completion tokens, see `PolicyNetwork.forward`."""
         assert self.network is not None, "configure_model comes first"
-        return self.network(input_ids, attention_mask, completion_mask)  # type: ignore[no-any-return]
+        return self.network(input_ids, attention_mask, completion_mask, topk_ids)  # type: ignore[no-any-return]
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> StepOutput:  # noqa: ARG002
         """Loss of one micro-batch."""
-        policy_logprobs = self(batch.input_ids, batch.attention_mask, batch.completion_mask)
+        logprobs = self(batch.input_ids, batch.attention_mask, batch.completion_mask, batch.topk_ids)
+        policy_logprobs, topk = logprobs, None
+        if batch.topk_ids is not None and batch.topk_logprobs is not None:
+            policy_logprobs = logprobs[..., 0]
+            holds_sampled = (batch.topk_ids == batch.input_ids[..., None]).any(-1)
+            topk = TopKLogprobs(logprobs[..., 1:], batch.topk_logprobs, holds_sampled)
         rows = torch.arange(len(batch.input_ids), device=self.device)[:, None].expand_as(batch.input_ids)
         output = self.objective(
             policy_logprobs,
@@ -181,6 +189,8 @@ class PolicyModule(LightningModule, WeightSource):
             batch.advantages,
             batch.completion_mask,
             sequence_ids=rows,
+            proximal_logprobs=batch.proximal_logprobs,
+            topk=topk,
         )
         share = aggregate_loss(
             output.loss,
@@ -235,6 +245,31 @@ class PolicyModule(LightningModule, WeightSource):
         metrics = {f"val/{name}": value for name, value in self.validation_statistics.compute().items()}
         log_metrics(self.trainer, self, metrics, is_epoch_end=True)
         self.validation_statistics.reset()
+
+    @property
+    def num_topk(self) -> int:
+        """See `RolloutPolicy`."""
+        return self.objective.num_topk
+
+    @property
+    def needs_proximal_logprobs(self) -> bool:
+        """See `RolloutPolicy`."""
+        return "proximal_logprobs" in self.objective.required_inputs
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout, *, batch_size: int, pad_token_id: int) -> list[list[float]]:
+        """See `RolloutPolicy`."""
+        result: list[list[float]] = []
+        for start in range(0, len(rollout), batch_size):
+            rows = list(range(start, min(start + batch_size, len(rollout))))
+            batch = RolloutBatch.collate(
+                rollout, rows, rollout.rewards, pad_token_id=pad_token_id, num_update_tokens=0, num_update_sequences=0
+            )
+            inputs = (batch.input_ids, batch.attention_mask, batch.completion_mask)
+            with self.trainer.precision_plugin.forward_context():
+                logprobs = self(*(tensor.to(self.device) for tensor in inputs)).cpu()
+            result += [row[mask].tolist() for row, mask in zip(logprobs, batch.completion_mask, strict=True)]
+        return result
 
     def weight_shapes(self) -> dict[str, torch.Size]:
         """See `WeightSource`."""

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drpo_lightning.functional.logprobs import linear_token_logprobs
+from drpo_lightning.functional.logprobs import linear_token_logprobs, target_logprobs
 
 ENLARGEMENT = 1000.0
 
@@ -35,21 +35,26 @@ class PolicyNetwork(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Bool[Tensor, "batch seq"],
         completion_mask: Bool[Tensor, "batch seq"],
-    ) -> Float[Tensor, "batch seq"]:
-        """Log pi of each completion token given what stands before it.
+        topk_ids: Int[Tensor, "batch seq k"] | None = None,
+    ) -> Float[Tensor, "batch seq ..."]:
+        """Log pi of each completion token, and of other tokens in its place, given what stands before it.
 
         Args:
             input_ids: token ids, padded on the right.
             attention_mask: False on padding.
             completion_mask: True on the tokens whose logprob is asked; the first of a row cannot be.
+            topk_ids: tokens that could stand in the place of each, whose logprobs are asked too, without a gradient.
 
         Returns:
-            Logprobs in nats, float32, aligned with `input_ids`; 0 outside `completion_mask`.
+            Logprobs in nats, float32, aligned with `input_ids`; 0 outside `completion_mask`. With `topk_ids` there are
+            1 + k of them at each place, `[batch, seq, 1 + k]`: that of the token itself comes first.
         """
         asked = completion_mask.clone()
         asked[:, 0] = False
         predicts = asked[:, 1:]
         targets = input_ids[:, 1:][predicts]
+        if topk_ids is not None:
+            targets = torch.cat([targets[:, None], topk_ids[:, 1:][predicts]], 1)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
         if self._head_is_linear:
             hidden = self.language_model.base_model(**inputs).last_hidden_state[:, :-1][predicts]
@@ -63,9 +68,12 @@ class PolicyNetwork(nn.Module):
                 chunk_size=self.chunk_size,
             )
         else:
-            logits = self.language_model(**inputs).logits[:, :-1][predicts].float() / self.temperature
-            logprobs = -F.cross_entropy(logits, targets, reduction="none")
-        return torch.zeros_like(input_ids, dtype=torch.float32).masked_scatter(asked, logprobs)
+            logits = self.language_model(**inputs).logits[:, :-1][predicts]
+            logprobs = target_logprobs(logits, targets, temperature=self.temperature)
+        if topk_ids is not None:
+            logprobs = torch.cat([logprobs[:, :1], logprobs[:, 1:].detach()], 1)
+            asked = asked[..., None].expand(*asked.shape, targets.shape[1])
+        return torch.zeros(asked.shape, device=input_ids.device).masked_scatter(asked, logprobs)
 
 
 @torch.no_grad()

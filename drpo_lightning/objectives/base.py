@@ -1,12 +1,13 @@
 """What every objective is: called on tensors, answers with per-token tensors."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from drpo_lightning.functional.divergences import TopKLogprobs
 from drpo_lightning.functional.ratios import importance_ratio, within_log_ratio_clamp
 
 
@@ -53,7 +54,7 @@ class TokenInputs(NamedTuple):
     completion_mask: Bool[Tensor, "*tokens"]
     sequence_ids: Int[Tensor, "*tokens"] | None
     proximal_logprobs: Float[Tensor, "*tokens"] | None
-    topk: Tensor | None
+    topk: TopKLogprobs | None
 
 
 class Objective(ABC):
@@ -61,16 +62,27 @@ class Objective(ABC):
 
     A subclass is a frozen dataclass of settings whose `terms` calls a pure function. Tokens are independent of each
     other unless the objective declares `sequence_ids`; any layout of tokens, padded or packed, gives equal results.
-
-    Attributes:
-        required_inputs: names of the optional inputs that the objective cannot do without.
-        uses_importance_ratio: True if r = pi / mu enters, so that pi and mu must have the same support.
-        has_mask: True if the objective drops tokens and returns `keep`.
     """
 
-    required_inputs: ClassVar[frozenset[str]] = frozenset()
-    uses_importance_ratio: ClassVar[bool] = True
-    has_mask: ClassVar[bool] = False
+    @property
+    def required_inputs(self) -> frozenset[str]:
+        """Names of the optional inputs that the objective cannot do without."""
+        return frozenset()
+
+    @property
+    def num_topk(self) -> int:
+        """How many of mu's most likely tokens the objective needs the logprobs of."""
+        return 0
+
+    @property
+    def uses_importance_ratio(self) -> bool:
+        """True if r = pi / mu enters, so that pi and mu must have the same support."""
+        return True
+
+    @property
+    def has_mask(self) -> bool:
+        """True if the objective drops tokens and returns `keep`."""
+        return False
 
     @abstractmethod
     def terms(self, tokens: TokenInputs) -> TokenTerms:
@@ -89,7 +101,7 @@ class Objective(ABC):
         *,
         sequence_ids: Int[Tensor, "*tokens"] | None = None,
         proximal_logprobs: Float[Tensor, "*tokens"] | None = None,
-        topk: Tensor | None = None,
+        topk: TopKLogprobs | None = None,
     ) -> ObjectiveOutput:
         """Evaluates the objective on sampled tokens.
 
@@ -100,7 +112,7 @@ class Objective(ABC):
             completion_mask: True on sampled tokens; elsewhere the inputs may hold anything, NaN included.
             sequence_ids: number of the sequence that a token belongs to.
             proximal_logprobs: log pi_prox, the trainer's policy at the weights of the rollout.
-            topk: reserved for divergences over more than the sampled token.
+            topk: logprobs of mu's K most likely tokens under pi and mu.
 
         Returns:
             Per-token loss, gradient coefficient, gradient weight and mask.
@@ -132,7 +144,7 @@ class Objective(ABC):
             completion_mask=completion_mask,
             sequence_ids=None if sequence_ids is None else sequence_ids.masked_fill(~completion_mask, 0),
             proximal_logprobs=None if proximal_logprobs is None else masked(proximal_logprobs.detach().float()),
-            topk=topk,
+            topk=None if topk is None else topk.masked(completion_mask),
         )
         terms = self.terms(tokens)
         with torch.no_grad():

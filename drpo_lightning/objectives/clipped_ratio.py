@@ -1,7 +1,7 @@
 """PPO's and GRPO's clipped importance ratio."""
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -56,8 +56,6 @@ class ClippedRatio(Objective):
         ValueError: if a bound is out of range.
     """
 
-    has_mask: ClassVar[bool] = True
-
     clip_low: float = 0.2
     clip_high: float = 0.28
 
@@ -66,6 +64,11 @@ class ClippedRatio(Objective):
             raise ValueError(f"`clip_low` must be in (0, 1), got {self.clip_low}")
         if not self.clip_high > 0:
             raise ValueError(f"`clip_high` must be positive, got {self.clip_high}")
+
+    @property
+    def has_mask(self) -> bool:
+        """See `Objective.has_mask`."""
+        return True
 
     def terms(self, tokens: TokenInputs) -> TokenTerms:
         """See `clipped_ratio`."""

@@ -1,7 +1,7 @@
 """DPPO: the importance-weighted policy gradient under a hard divergence mask."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float
@@ -64,8 +64,6 @@ class DPPO(Objective):
         ValueError: if the divergence is unknown or the threshold is not positive.
     """
 
-    has_mask: ClassVar[bool] = True
-
     divergence: Literal["binary_tv", "binary_kl"] = "binary_tv"
     threshold: float | None = None
 
@@ -79,6 +77,11 @@ class DPPO(Objective):
     def radius(self) -> float:
         """The threshold in use."""
         return DEFAULT_THRESHOLDS[self.divergence] if self.threshold is None else self.threshold
+
+    @property
+    def has_mask(self) -> bool:
+        """See `Objective.has_mask`."""
+        return True
 
     def terms(self, tokens: TokenInputs) -> TokenTerms:
         """See `dppo`."""

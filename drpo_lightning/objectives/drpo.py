@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,6 +17,7 @@ def drpo(
     advantages: Float[Tensor, "*tokens"],
     *,
     delta: float,
+    scale_by_advantage: bool = True,
 ) -> TokenTerms:
     """Divergence Regularized Policy Optimization: `r A - |A| mu (r - 1)^2 / (2 delta)` per token.
 
@@ -31,17 +33,20 @@ def drpo(
         rollout_logprobs: log mu in nats.
         advantages: A, in units of reward.
         delta: trust-region radius, in units of probability.
+        scale_by_advantage: False leaves |A| out of the penalty, an ablation: `w = 1 - (pi - mu) / (delta A)`, so that
+            the region shrinks with |A|, and tokens with A = 0 are pulled back to mu.
 
     Returns:
-        Objective and its derivative `r A w`. At pi = mu they are A and A. At A = 0 both are 0.
+        Objective and its derivative `r A w`. At pi = mu they are A and A. At A = 0 both are 0, if scaled by |A|.
 
     Source: Yao et al., *Rethinking the Divergence Regularization in LLM RL*, arXiv 2606.09821.
     """
     ratio = importance_ratio(policy_logprobs, rollout_logprobs)
     shift = probability_shift(policy_logprobs, rollout_logprobs)
-    penalty = advantages.abs() * rollout_logprobs.exp() * (ratio - 1).square() / (2 * delta)
-    weight = 1 - advantages.sign() * shift.detach() / delta
-    return TokenTerms(ratio * advantages - penalty, ratio.detach() * advantages * weight)
+    scale = advantages.abs() if scale_by_advantage else torch.ones_like(advantages)
+    penalty = scale * rollout_logprobs.exp() * (ratio - 1).square() / (2 * delta)
+    coefficient = ratio.detach() * (advantages - scale * shift.detach() / delta)
+    return TokenTerms(ratio * advantages - penalty, coefficient)
 
 
 @final
@@ -53,12 +58,14 @@ class DRPO(Objective):
         delta: trust-region radius in units of probability. The paper's experiments use 12.5. Since
             |pi - mu| <= 1, a delta >= 1 cannot be reached: w stays in [1 - 1/delta, 1 + 1/delta] and never corrects.
             0.15 to 0.2 gives the region of DPPO.
+        scale_by_advantage: False leaves |A| out of the penalty; the paper finds that unstable.
 
     Raises:
         ValueError: if delta is not positive.
     """
 
     delta: float = 12.5
+    scale_by_advantage: bool = True
 
     def __post_init__(self) -> None:
         if not self.delta > 0:
@@ -69,10 +76,21 @@ class DRPO(Objective):
 
     def terms(self, tokens: TokenInputs) -> TokenTerms:
         """See `drpo`."""
-        return drpo(tokens.policy_logprobs, tokens.rollout_logprobs, tokens.advantages, delta=self.delta)
+        return drpo(
+            tokens.policy_logprobs,
+            tokens.rollout_logprobs,
+            tokens.advantages,
+            delta=self.delta,
+            scale_by_advantage=self.scale_by_advantage,
+        )
 
     def describe(self) -> str:
         """The regime that delta puts the run in."""
+        if not self.scale_by_advantage:
+            return (
+                f"DRPO(delta={self.delta:g}) with a penalty that is not scaled by |A|: updates fade out towards "
+                f"|pi - mu| = {self.delta:g} |A| and are corrected beyond it; gradient weights have no bound"
+            )
         low, high = 1 - 1 / self.delta, 1 + 1 / self.delta
         if self.delta >= 1:
             return (

@@ -77,6 +77,7 @@ class RolloutEngine(ABC):
         num_samples: int,
         stop_token_ids: Sequence[int],
         seeds: Sequence[int] | None = None,
+        num_topk: int = 0,
     ) -> list[list[Completion]]:
         """Samples `num_samples` completions of each prompt.
 
@@ -86,6 +87,7 @@ class RolloutEngine(ABC):
             num_samples: completions per prompt, different from each other.
             stop_token_ids: tokens that end a completion; they are part of it.
             seeds: one seed per prompt, below 2^62; equal seeds and weights give equal completions. None draws anew.
+            num_topk: how many of the most likely tokens at each place are returned with their logprobs.
 
         Returns:
             For each prompt its completions, with logprobs of the distribution that was sampled from.

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
@@ -192,7 +193,8 @@ def _serve(connection: Connection, buffer: Tensor, factory: "Callable[..., Any]"
         except Exception:  # noqa: BLE001 - whatever it is, it belongs to the caller in the other process
             connection.send(("error", traceback.format_exc()))
         else:
-            connection.send(("ok", result))
+            # Plain bytes: sent as they are, tensors would each hold a file descriptor open.
+            connection.send_bytes(pickle.dumps(("ok", result)))
 
 
 def _incoming_weights(connection: Connection, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:

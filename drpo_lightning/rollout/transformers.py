@@ -1,6 +1,7 @@
 """Rollouts by transformers: slower than vLLM, in the trainer's process, wherever PyTorch runs."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,14 +16,16 @@ class TransformersEngine(RolloutEngine):
     """Samples with a replica of the model in plain PyTorch, in batches, with a KV cache.
 
     Args:
-        dtype: precision of the replica.
+        dtype: precision of the replica. `fp8` computes in float32 with the weights of its linear layers, except the
+            head, rounded to 8 bits, see `round_to_fp8`: an engine that does not match the trainer, as one with a
+            quantised model does not.
         max_batch_size: sequences generated at a time.
         sleep: see `RolloutEngine`.
     """
 
     def __init__(
         self,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Literal["float32", "bfloat16", "float16", "fp8"] = "float32",
         max_batch_size: int = 512,
         sleep: SleepMode = "auto",
     ) -> None:
@@ -34,6 +37,7 @@ class TransformersEngine(RolloutEngine):
         self._model: Any = None
         self._generator: torch.Generator | None = None
         self._device = torch.device("cpu")
+        self._quantized: frozenset[str] = frozenset()
 
     def check_available(self) -> None:
         """Always available: transformers is a dependency of the package."""
@@ -62,12 +66,14 @@ class TransformersEngine(RolloutEngine):
 
         self._device = device
         self.check_sleep()
-        replica = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, self.dtype_name), trust_remote_code=trust_remote_code
-        )
+        dtype = torch.float32 if self.dtype_name == "fp8" else getattr(torch, self.dtype_name)
+        replica = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust_remote_code)
         self.context_tokens = replica.config.get_text_config().max_position_embeddings
         self._generator = torch.Generator().manual_seed(seed)
         self._model = replica.to(device).eval().requires_grad_(False)
+        self._quantized = _linear_weights(replica) if self.dtype_name == "fp8" else frozenset()
+        with torch.no_grad():
+            self.load_weights(self._model.state_dict().items())
 
     def generate(
         self,
@@ -77,6 +83,7 @@ class TransformersEngine(RolloutEngine):
         num_samples: int,
         stop_token_ids: Sequence[int],
         seeds: Sequence[int] | None = None,
+        num_topk: int = 0,
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`."""
         noise = self._uniform_noise(len(prompt_ids), num_samples, sampling.max_tokens, seeds)
@@ -85,7 +92,7 @@ class TransformersEngine(RolloutEngine):
         result: list[list[Completion]] = []
         for start in range(0, len(prompt_ids), prompts_at_a_time):
             chunk = slice(start, start + prompts_at_a_time)
-            rows = self._sample(prompt_ids[chunk], sampling, noise[chunk].flatten(0, 1), num_samples, stop)
+            rows = self._sample(prompt_ids[chunk], sampling, noise[chunk].flatten(0, 1), num_samples, stop, num_topk)
             result.extend(rows[i : i + num_samples] for i in range(0, len(rows), num_samples))
         return result
 
@@ -105,7 +112,13 @@ class TransformersEngine(RolloutEngine):
 
     @torch.inference_mode()
     def _sample(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, noise: Tensor, num_samples: int, stop: Tensor
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        noise: Tensor,
+        num_samples: int,
+        stop: Tensor,
+        num_topk: int,
     ) -> list[Completion]:
         """Samples `num_samples` completions of each prompt of one batch, in the order of the prompts."""
         noise = noise.to(self._device)
@@ -126,7 +139,7 @@ class TransformersEngine(RolloutEngine):
         position = positions[:, -1:].repeat_interleave(num_samples, 0)
 
         running = torch.ones(len(logits), dtype=torch.bool, device=self._device)
-        tokens, logprobs, alive = [], [], []
+        tokens, logprobs, alive, likely = [], [], [], []
         for step in range(sampling.max_tokens):
             distribution = sampling_logprobs(
                 logits, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
@@ -135,6 +148,8 @@ class TransformersEngine(RolloutEngine):
             tokens.append(token)
             logprobs.append(distribution.gather(1, token[:, None])[:, 0])
             alive.append(running)
+            if num_topk:
+                likely.append(distribution.topk(num_topk))
             running = running & ~torch.isin(token, stop)
             if step + 1 == sampling.max_tokens or not running.any():
                 break
@@ -149,7 +164,7 @@ class TransformersEngine(RolloutEngine):
             )
             logits = output.logits[:, -1]
         lengths = torch.stack(alive, 1).sum(1).tolist()
-        return [
+        completions = [
             Completion(row_tokens[:length], row_logprobs[:length], "length" if still_running else "stop")
             for row_tokens, row_logprobs, length, still_running in zip(
                 torch.stack(tokens, 1).tolist(),
@@ -159,12 +174,13 @@ class TransformersEngine(RolloutEngine):
                 strict=True,
             )
         ]
+        return _with_topk(completions, likely) if num_topk else completions
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copies the weights into the replica."""
+        """Copies the weights into the replica, in its precision."""
         own = self._model.state_dict()
         for name, tensor in weights:
-            own[name].copy_(tensor)
+            own[name].copy_(round_to_fp8(tensor) if name in self._quantized else tensor)
 
     def _sleep(self) -> None:
         self._model.to("cpu")
@@ -175,6 +191,39 @@ class TransformersEngine(RolloutEngine):
     def close(self) -> None:
         """Frees the replica."""
         self._model = None
+
+
+def round_to_fp8(weight: Tensor) -> Tensor:
+    """The nearest of the numbers that float8 e4m3 can tell apart, with one scale for the whole tensor.
+
+    The scale takes the largest absolute value to the format's, 448: a number keeps 4 significant bits.
+    """
+    scale = weight.abs().max().clamp(min=torch.finfo(torch.float32).tiny) / torch.finfo(torch.float8_e4m3fn).max
+    return (weight / scale).to(torch.float8_e4m3fn).to(weight.dtype) * scale
+
+
+def _linear_weights(model: Any) -> frozenset[str]:  # noqa: ANN401
+    """Names of the weights of all linear layers but the head."""
+    head = model.get_output_embeddings()
+    return frozenset(
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    )
+
+
+def _with_topk(completions: list[Completion], likely: list[Any]) -> list[Completion]:
+    """Completions with the most likely tokens, `likely` being `torch.topk` of all rows, step by step."""
+    ids = torch.stack([step.indices for step in likely], 1).cpu()
+    logprobs = torch.stack([step.values for step in likely], 1).cpu()
+    return [
+        replace(
+            completion,
+            topk_ids=ids[i, : len(completion.token_ids)].clone(),
+            topk_logprobs=logprobs[i, : len(completion.token_ids)].clone(),
+        )
+        for i, completion in enumerate(completions)
+    ]
 
 
 def _inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:

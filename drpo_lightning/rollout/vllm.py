@@ -64,6 +64,7 @@ class VLLMEngine(RolloutEngine):
             "enforce_eager": enforce_eager,
             # What is returned as logprob is the distribution after temperature, top-k and top-p. The default is not.
             "logprobs_mode": "processed_logprobs",
+            "max_logprobs": -1,  # as many of the most likely tokens as are asked for
             "use_tqdm_on_load": False,
             "generation_config": "vllm",  # stop tokens come with each request, not from the model's folder
         }
@@ -151,11 +152,11 @@ class VLLMEngine(RolloutEngine):
         num_samples: int,
         stop_token_ids: Sequence[int],
         seeds: Sequence[int] | None = None,
+        num_topk: int = 0,
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`."""
-        return self._call(  # type: ignore[no-any-return]
-            "generate", self.generate_timeout_seconds, prompt_ids, sampling, num_samples, stop_token_ids, seeds
-        )
+        arguments = (prompt_ids, sampling, num_samples, stop_token_ids, seeds, num_topk)
+        return self._call("generate", self.generate_timeout_seconds, *arguments)  # type: ignore[no-any-return]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See `RolloutEngine.load_weights`."""
@@ -264,6 +265,7 @@ class _VLLM:
         num_samples: int,
         stop_token_ids: Sequence[int],
         seeds: Sequence[int] | None,
+        num_topk: int,
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`."""
         from vllm import SamplingParams, TokensPrompt
@@ -277,7 +279,7 @@ class _VLLM:
                 max_tokens=sampling.max_tokens,
                 stop_token_ids=list(stop_token_ids),
                 ignore_eos=True,  # `stop_token_ids` are the only tokens that stop
-                logprobs=0,
+                logprobs=num_topk,
                 flat_logprobs=True,
                 detokenize=False,
                 seed=None if seeds is None else seeds[i],
@@ -288,7 +290,7 @@ class _VLLM:
         with self._own_randomness():
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return [
-            [_completion(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
+            [_completion(sample, num_topk) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
             for output in outputs
         ]
 
@@ -311,11 +313,15 @@ class _VLLM:
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def _completion(sample: Any) -> Completion:  # noqa: ANN401
-    """Our completion from vLLM's `CompletionOutput`: with `logprobs=0` there is one logprob per token."""
+def _completion(sample: Any, num_topk: int) -> Completion:  # noqa: ANN401
+    """Our completion from vLLM's `CompletionOutput`: at each place the sampled token's logprob, then the top K."""
     if sample.finish_reason not in ("stop", "length"):
         raise EngineError(f"vLLM ended a completion with {sample.finish_reason!r} instead of `stop` or `length`")
-    token_ids, logprobs = list(sample.token_ids), list(sample.logprobs.logprobs)
-    if sample.logprobs.token_ids != token_ids:
+    token_ids = list(sample.token_ids)
+    shape = (len(token_ids), 1 + num_topk)
+    ids = torch.tensor(sample.logprobs.token_ids).view(shape)
+    logprobs = torch.tensor(sample.logprobs.logprobs).view(shape)
+    if ids[:, 0].tolist() != token_ids:
         raise EngineError("vLLM returned logprobs of other tokens than it sampled")
-    return Completion(token_ids, logprobs, sample.finish_reason)
+    topk = {"topk_ids": ids[:, 1:].clone(), "topk_logprobs": logprobs[:, 1:].clone()} if num_topk else {}
+    return Completion(token_ids, logprobs[:, 0].tolist(), sample.finish_reason, **topk)

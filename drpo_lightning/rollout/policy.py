@@ -1,0 +1,34 @@
+"""What rollouts need of the policy beside its weights."""
+
+from abc import ABC, abstractmethod
+
+from drpo_lightning.batch import Rollout
+
+
+class RolloutPolicy(ABC):
+    """A LightningModule whose objective asks for more than the sampled tokens' logprobs."""
+
+    @property
+    @abstractmethod
+    def num_topk(self) -> int:
+        """How many of mu's most likely tokens the objective needs at each place; 0 for none."""
+
+    @property
+    @abstractmethod
+    def needs_proximal_logprobs(self) -> bool:
+        """True if the objective needs log pi_prox of every sampled token."""
+
+    @abstractmethod
+    def score(self, rollout: Rollout, *, batch_size: int, pad_token_id: int) -> list[list[float]]:
+        """Log pi of every sampled token of a rollout under the present weights, without a gradient.
+
+        Collective under FSDP: every rank scores as many completions as the others.
+
+        Args:
+            rollout: the completions.
+            batch_size: completions in one forward pass.
+            pad_token_id: fills the rows of a batch.
+
+        Returns:
+            Logprobs in nats, one list per completion.
+        """
