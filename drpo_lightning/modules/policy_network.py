@@ -73,7 +73,7 @@ class PolicyNetwork(nn.Module):
         if topk_ids is not None:
             logprobs = torch.cat([logprobs[:, :1], logprobs[:, 1:].detach()], 1)
             asked = asked[..., None].expand(*asked.shape, targets.shape[1])
-        return torch.zeros(asked.shape, device=input_ids.device).masked_scatter(asked, logprobs)
+        return torch.zeros(asked.shape, dtype=torch.float32, device=input_ids.device).masked_scatter(asked, logprobs)
 
 
 @torch.no_grad()
