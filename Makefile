@@ -1,10 +1,13 @@
 # make quickstart   sets everything up, trains the small model, says how to look at the result
 # make test         sets everything up if needed, checks style and types, runs the tests
+# make test-browser opens TensorBoard and the report in headless Chromium, keeps pictures of them in docs/
+# make gpu          runs the tests that need a CUDA GPU
+# make study        makes the study's runs that are not in study/results.jsonl yet, and docs/study.md from them
 PYTHON ?= python3
 RUN := .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup quickstart test lint types unit gpu format lock
+.PHONY: help setup quickstart test test-browser lint types unit gpu study study-smoke format lock
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -28,7 +31,18 @@ gpu: setup
 	@$(RUN) -m pytest -m gpu
 
 unit: setup
-	@$(RUN) -m pytest -m "not gpu"
+	@$(RUN) -m pytest -m "not gpu and not browser"
+
+test-browser: setup
+	@$(RUN) -m pip install -q "selenium>=4.30"
+	@DRPO_PICTURES=docs $(RUN) -m pytest -m browser tests/browser
+
+study: setup
+	@$(RUN) -m study
+	@$(RUN) -m study.report
+
+study-smoke: setup
+	@$(RUN) -m pytest tests/test_study.py
 
 format: setup
 	@$(RUN) -m ruff check --fix .

@@ -13,6 +13,7 @@ commands:
   fit        train:              drpo fit --config configs/quickstart.yaml
   validate   score the policy:   drpo validate --config configs/quickstart.yaml --ckpt_path FILE
   export     write the policy of a checkpoint as a Hugging Face folder: drpo export --ckpt FILE --out FOLDER
+  report     compare runs in one HTML page: drpo report runs/quickstart --out report.html
 
 `drpo COMMAND --help` lists the options of a command; `drpo fit --print_config` prints a configuration.
 """
@@ -35,6 +36,10 @@ def main() -> None:
         from drpo_lightning.export import main as export
 
         export(arguments[1:])
+    elif command == "report":
+        from drpo_lightning.report import main as report
+
+        report(arguments[1:])
     elif command in ("-h", "--help"):
         print(HELP)  # noqa: T201
     elif command == "--version":

@@ -39,7 +39,8 @@ def requirements_of_vllm(folder: Path) -> list[str]:
 def main() -> None:
     """Resolves everything in an empty environment and writes down what came."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    own = project["dependencies"] + project["optional-dependencies"]["dev"]
+    extras = project["optional-dependencies"]
+    own = project["dependencies"] + extras["figures"] + extras["dev"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         required = [TORCH, *own, *requirements_of_vllm(folder)]

@@ -12,7 +12,8 @@ from drpo_lightning.batch import Sampling
 from drpo_lightning.rollout import VLLMEngine
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.gpu
+# vLLM, and PyTorch of the version that it pins, warn of what they do themselves.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 
 def test_the_quickstart_runs_and_learns(tmp_path):

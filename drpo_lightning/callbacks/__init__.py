@@ -1,32 +1,49 @@
 """Callbacks: rewards, the trust region's statistics, the sync probe, what is shown and what is exported."""
 
+from drpo_lightning.callbacks.adaptive_delta import AdaptiveDelta
 from drpo_lightning.callbacks.completion_logger import CompletionLogger
 from drpo_lightning.callbacks.dashboard import Dashboard
 from drpo_lightning.callbacks.divergence import Divergence
+from drpo_lightning.callbacks.divergence_proxy import DivergenceProxy
 from drpo_lightning.callbacks.export_policy import ExportPolicy
+from drpo_lightning.callbacks.guardrail import Guardrail, Rule
+from drpo_lightning.callbacks.hyperparameters import HyperparameterLogger
 from drpo_lightning.callbacks.mask_statistics import MaskStatistics
+from drpo_lightning.callbacks.mismatch_and_drift import MismatchAndDrift
 from drpo_lightning.callbacks.policy_checkpoint import PolicyCheckpoint
 from drpo_lightning.callbacks.policy_shift import PolicyShift
 from drpo_lightning.callbacks.progress import RolloutProgress
 from drpo_lightning.callbacks.rewards import ExactMatchReward, FunctionReward, NumericAnswerReward, RewardCallback
 from drpo_lightning.callbacks.rollout_statistics import RolloutStatistics
 from drpo_lightning.callbacks.run_summary import RunSummary
+from drpo_lightning.callbacks.shift_map import ShiftMap
 from drpo_lightning.callbacks.sync_probe import SyncProbe
+from drpo_lightning.callbacks.token_export import TokenExport
+from drpo_lightning.callbacks.token_table import TokenTable
 
 __all__ = [
+    "AdaptiveDelta",
     "CompletionLogger",
     "Dashboard",
     "Divergence",
+    "DivergenceProxy",
     "ExactMatchReward",
     "ExportPolicy",
     "FunctionReward",
+    "Guardrail",
+    "HyperparameterLogger",
     "MaskStatistics",
+    "MismatchAndDrift",
     "NumericAnswerReward",
     "PolicyCheckpoint",
     "PolicyShift",
     "RewardCallback",
     "RolloutProgress",
     "RolloutStatistics",
+    "Rule",
     "RunSummary",
+    "ShiftMap",
     "SyncProbe",
+    "TokenExport",
+    "TokenTable",
 ]

@@ -3,7 +3,7 @@
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from drpo_lightning.batch import Rollout
-from drpo_lightning.callbacks.tensorboard import tensorboard_writers
+from drpo_lightning.callbacks.tensorboard import markdown_cell, tensorboard_writers
 from drpo_lightning.rollout.hooks import RolloutHooks
 
 
@@ -45,8 +45,8 @@ def completion_table(rollout: Rollout, num_rows: int, max_characters: int) -> st
     for i in range(min(num_rows, len(rollout))):
         completion = rollout.completions[i]
         cells = [
-            _cell(rollout.prompts[i], max_characters),
-            _cell(rollout.texts[i], max_characters),
+            markdown_cell(rollout.prompts[i], max_characters),
+            markdown_cell(rollout.texts[i], max_characters),
             completion.finish_reason,
             str(len(completion.token_ids)),
             *(f"{float(rollout.reward_parts[name][i]):.3g}" for name in names),
@@ -54,17 +54,3 @@ def completion_table(rollout: Rollout, num_rows: int, max_characters: int) -> st
         ]
         lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def _cell(text: str, max_characters: int) -> str:
-    """A text as the cell of a Markdown table: nothing in it is markup."""
-    if len(text) > max_characters:
-        half = max_characters // 2
-        text = f"{text[:half]} […] {text[-half:]}"
-    for character, entity in (
-        ("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("*", "&#42;"), ("_", "&#95;"),
-        ("`", "&#96;"), ("[", "&#91;"), ("]", "&#93;"), ("\\", "&#92;"), ("\r\n", "<br>"),
-        ("\r", "<br>"), ("\n", "<br>"),
-    ):  # fmt: skip
-        text = text.replace(character, entity)
-    return text or " "

@@ -1,62 +1,54 @@
 """The layout of TensorBoard's custom scalars: charts that belong together, side by side."""
 
+from typing import Any
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from drpo_lightning.callbacks.tensorboard import tensorboard_writers
-from drpo_lightning.modules import PolicyModule
-
-LAYOUT = {
-    "Reward": {
-        "reward": ["Multiline", [r"^reward/mean$", r"^reward/[^/]+/mean$"]],
-        "validation": ["Multiline", [r"^val/reward/mean$", r"^val/pass@\d+$"]],
-        "groups without a signal": ["Multiline", [r"^group/zero_std_fraction$"]],
-    },
-    "Trust region": {
-        "mean shift |pi - mu|": ["Multiline", [r"^policy_shift/abs_mean$"]],
-        "largest shift |pi - mu|": ["Multiline", [r"^policy_shift/abs_max$"]],
-        "tokens outside the region": ["Multiline", [r"^region/outside_fraction$"]],
-        "KL(mu || pi), k3": ["Multiline", [r"^divergence/k3_kl$"]],
-        "binary KL": ["Multiline", [r"^divergence/binary_kl$"]],
-        "importance ratio": ["Margin", ["importance_ratio/mean", "importance_ratio/mean", "importance_ratio/max"]],
-    },
-    "Gradient weights": {
-        "attenuated tokens (0 <= w < 1)": ["Multiline", [r"^grad_weight/attenuated_fraction$"]],
-        "corrective tokens (w < 0)": ["Multiline", [r"^grad_weight/corrective_fraction$"]],
-        "amplified tokens (w > 1)": ["Multiline", [r"^grad_weight/amplified_fraction$"]],
-        "w: mean, least, largest": ["Margin", ["grad_weight/mean", "grad_weight/min", "grad_weight/max"]],
-    },
-    "Optimization": {
-        "loss": ["Multiline", [r"^optim/loss$"]],
-        "gradient norm": ["Multiline", [r"^optim/grad_norm$"]],
-        "engine against trainer": ["Multiline", [r"^sync/probe_logprob_diff$"]],
-    },
-    "Completions": {
-        "length": ["Multiline", [r"^completions/mean_length$", r"^completions/max_length$"]],
-        "truncated": ["Multiline", [r"^completions/truncated_fraction$"]],
-    },
-    "Speed": {
-        "tokens per second": ["Multiline", [r"^perf/tokens_per_second$"]],
-        "seconds": ["Multiline", [r"^perf/(generate|sync|reward|update|iteration)_seconds$"]],
-    },
-}
-"""Charts by section: a chart's kind, and regular expressions of the scalars on it."""
-
-
-MASKS = {
-    "Masks": {
-        "masked tokens": ["Multiline", [r"^mask/fraction$"]],
-        "masked tokens with A > 0": ["Multiline", [r"^mask/fraction_positive_adv$"]],
-        "masked tokens with A < 0": ["Multiline", [r"^mask/fraction_negative_adv$"]],
-    }
-}
-"""Charts of an objective with a mask."""
+from drpo_lightning.charts import Layout, charts_with
 
 
 class Dashboard(Callback):
-    """Groups the scalars of a run into a dashboard: TensorBoard's tab "Custom Scalars"."""
+    """Groups the scalars of a run into a dashboard: TensorBoard's tab "Custom Scalars".
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the layout."""
-        has_mask = isinstance(pl_module, PolicyModule) and pl_module.objective.has_mask
+    The charts are those of `drpo_lightning.charts.LAYOUT` that have a scalar: the layout is written again whenever a
+    chart has got its first one, and TensorBoard shows the latest.
+    """
+
+    def __init__(self) -> None:
+        self._tags: set[str] = set()
+        self._layout: Layout = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Starts with an empty dashboard."""
+        self._tags, self._layout = set(), {}
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:  # noqa: ANN401
+        """Adds the charts of a rollout and of an update."""
+        self._add_charts(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Adds the charts of a validation, of which the one before the first update may be the only one."""
+        self._add_charts(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Adds the charts of scalars that came after the last update."""
+        self._add_charts(trainer)
+
+    def _add_charts(self, trainer: Trainer) -> None:
+        # On every rank: reading the metrics may be collective.
+        new = trainer.callback_metrics.keys() - self._tags
+        if not new:
+            return
+        self._tags |= new
+        layout = charts_with(self._tags)
+        if layout == self._layout:
+            return
+        self._layout = layout
         for writer in tensorboard_writers(trainer):
-            writer.add_custom_scalars(LAYOUT | MASKS if has_mask else LAYOUT)
+            writer.add_custom_scalars(
+                {
+                    section: {title: ["Multiline", [f"^(?:{pattern})$"]] for title, pattern in charts.items()}
+                    for section, charts in layout.items()
+                }
+            )

@@ -1,10 +1,8 @@
 """Estimates of the divergence between the sampling and the current policy."""
 
-from drpo_lightning.batch import RolloutBatch
-from drpo_lightning.callbacks.update_statistics import TokenValues, UpdateStatistics
+from drpo_lightning.callbacks.update_statistics import CompletionTokens, TokenValues, UpdateStatistics
 from drpo_lightning.functional import binary_kl_divergence, binary_tv_divergence, k1_divergence, k3_divergence
 from drpo_lightning.metrics import TokenStatistics
-from drpo_lightning.modules.policy import StepOutput
 
 DIVERGENCES = {
     "divergence/k1_kl": k1_divergence,
@@ -29,8 +27,8 @@ class Divergence(UpdateStatistics):
         maxima = [f"{name}_max" for name in DIVERGENCES]
         super().__init__(TokenStatistics(means=list(DIVERGENCES), maxima=maxima), every_n_updates)
 
-    def token_values(self, batch: RolloutBatch, outputs: StepOutput) -> TokenValues:
+    def token_values(self, tokens: CompletionTokens) -> TokenValues:
         """See `UpdateStatistics`."""
-        pi, mu = outputs["policy_logprobs"], batch.rollout_logprobs
+        pi, mu = tokens.policy_logprobs, tokens.rollout_logprobs
         values = {name: divergence(pi, mu) for name, divergence in DIVERGENCES.items()}
         return TokenValues(values | {f"{name}_max": value for name, value in values.items()}, {})

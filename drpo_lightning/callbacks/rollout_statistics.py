@@ -14,8 +14,8 @@ from drpo_lightning.rollout.hooks import RolloutHooks
 class RolloutStatistics(Callback, RolloutHooks):
     """Logs every rollout, at the optimizer steps that were completed when it was sampled.
 
-    `reward/mean`, `reward/std`, `reward/<name>/mean` (over completions that the reward applies to),
-    `reward/<name>/applies_fraction`, `completions/mean_length` (tokens), `completions/max_length`,
+    `rollout/number` (from 1), `reward/mean`, `reward/std`, `reward/<name>/mean` (over completions that the reward
+    applies to), `reward/<name>/applies_fraction`, `completions/mean_length` (tokens), `completions/max_length`,
     `completions/truncated_fraction`, `group/zero_std_fraction` (prompts whose samples have equal rewards and so no
     gradient); and of the iteration `perf/generate_seconds`, `perf/sync_seconds`, `perf/reward_seconds`,
     `perf/update_seconds`, `perf/iteration_seconds`, `perf/tokens_per_second` (sampled tokens over the whole
@@ -40,6 +40,7 @@ class RolloutStatistics(Callback, RolloutHooks):
         self._tokens = self._metrics.pop("tokens")
         phases: dict[str, float] = trainer.datamodule.phase_seconds  # type: ignore[attr-defined]
         self._metrics |= {f"perf/{name}_seconds": seconds for name, seconds in phases.items()}
+        self._metrics["rollout/number"] = trainer.datamodule.iteration  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         """Logs the rollout that the first of its micro-batches comes from: the loader itself must not log."""

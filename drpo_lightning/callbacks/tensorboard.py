@@ -36,3 +36,17 @@ def write_histogram(trainer: Trainer, tag: str, histogram: Histogram) -> None:
             bucket_counts=histogram.counts.tolist(),
             global_step=trainer.global_step,
         )
+
+
+def markdown_cell(text: str, max_characters: int) -> str:
+    """A text as the cell of a Markdown table: nothing in it is markup; a longer one is cut in the middle."""
+    if len(text) > max_characters:
+        half = max_characters // 2
+        text = f"{text[:half]} […] {text[-half:]}"
+    for character, entity in (
+        ("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("*", "&#42;"), ("_", "&#95;"),
+        ("`", "&#96;"), ("[", "&#91;"), ("]", "&#93;"), ("\\", "&#92;"), ("\r\n", "<br>"),
+        ("\r", "<br>"), ("\n", "<br>"),
+    ):  # fmt: skip
+        text = text.replace(character, entity)
+    return text or " "

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
+from jaxtyping import Bool, Float, Int
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -13,12 +14,56 @@ from drpo_lightning.metrics import TokenStatistics
 from drpo_lightning.modules.policy import StepOutput
 
 
+class CompletionTokens(NamedTuple):
+    """The completion tokens of one micro-batch, packed into vectors.
+
+    Attributes:
+        token_ids: the sampled tokens.
+        policy_logprobs: log pi, in nats.
+        rollout_logprobs: log mu, in nats.
+        advantages: A, in units of reward.
+        grad_weight: w, NaN where A = 0.
+        beyond_clamp: True where |log pi - log mu| > 20, which has no gradient.
+        keep: True where the objective's mask keeps the token; None for an objective without a mask.
+        proximal_logprobs: log pi_prox, in nats; None if it is not computed.
+    """
+
+    token_ids: Int[Tensor, " tokens"]
+    policy_logprobs: Float[Tensor, " tokens"]
+    rollout_logprobs: Float[Tensor, " tokens"]
+    advantages: Float[Tensor, " tokens"]
+    grad_weight: Float[Tensor, " tokens"]
+    beyond_clamp: Bool[Tensor, " tokens"]
+    keep: Bool[Tensor, " tokens"] | None
+    proximal_logprobs: Float[Tensor, " tokens"] | None
+
+
+def completion_tokens(batch: RolloutBatch, outputs: StepOutput) -> CompletionTokens:
+    """Picks the completion tokens out of a micro-batch and of what `training_step` returned for it."""
+    places = batch.completion_mask.flatten().nonzero().squeeze(1)
+    objective = outputs["objective"]
+
+    def picked(values: Tensor) -> Tensor:
+        return values.flatten()[places]
+
+    return CompletionTokens(
+        token_ids=picked(batch.input_ids),
+        policy_logprobs=picked(outputs["policy_logprobs"]),
+        rollout_logprobs=picked(batch.rollout_logprobs),
+        advantages=picked(batch.advantages),
+        grad_weight=picked(objective.grad_weight),
+        beyond_clamp=picked(objective.beyond_clamp),
+        keep=None if objective.keep is None else picked(objective.keep),
+        proximal_logprobs=None if batch.proximal_logprobs is None else picked(batch.proximal_logprobs),
+    )
+
+
 class TokenValues(NamedTuple):
-    """Per-token values of one micro-batch, `[batch, seq]` each.
+    """What the statistics of one micro-batch are taken of, `[tokens]` each.
 
     Attributes:
         values: by name.
-        subsets: masks narrower than the completion mask, by name of the value they are for.
+        subsets: True on the tokens of a subset, by its name.
     """
 
     values: dict[str, Tensor]
@@ -43,7 +88,7 @@ class UpdateStatistics(Callback, ABC):
         self._logged_step = 0
 
     @abstractmethod
-    def token_values(self, batch: RolloutBatch, outputs: StepOutput) -> TokenValues:
+    def token_values(self, tokens: CompletionTokens) -> TokenValues:
         """The values that the metric is fed with."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,8 +110,7 @@ class UpdateStatistics(Callback, ABC):
         is_complete = trainer.global_step != self._logged_step
         update = trainer.global_step if is_complete else trainer.global_step + 1
         if update % interval == 0:
-            values, subsets = self.token_values(batch, outputs)
-            self.statistics.update(values, batch.completion_mask, subsets)
+            self.statistics.update(*self.token_values(completion_tokens(batch, outputs)))
         if not is_complete:
             return
         self._logged_step = trainer.global_step

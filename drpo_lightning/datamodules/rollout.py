@@ -275,9 +275,7 @@ class RolloutDataModule(LightningDataModule):
         for hook in self._hooks:
             hook.on_rollout_start(self._trainer, module)
         self.refresh_engine()
-        per_rank = self.num_prompts // self._trainer.world_size
-        first = self.iteration * self.num_prompts + self._trainer.global_rank * per_rank
-        positions = range(first, first + per_rank)
+        positions = self._positions
         numbers = [self._prompt_number(position) for position in positions]
         # Of the place in the stream of prompts: a prompt that comes twice gets other samples the second time.
         seeds = [_hash(self.seed, position) for position in positions]
@@ -304,6 +302,17 @@ class RolloutDataModule(LightningDataModule):
         rollout = self._sample(self._val_rows, numbers, seeds, self.val_sampling, self.val_num_samples)
         self.engine.sleep()
         return rollout
+
+    @property
+    def _positions(self) -> range:
+        """Where this rank's prompts of the next rollout stand in the stream of prompts."""
+        per_rank = self.num_prompts // self._trainer.world_size
+        first = self.iteration * self.num_prompts + self._trainer.global_rank * per_rank
+        return range(first, first + per_rank)
+
+    def upcoming_prompt_ids(self, num_prompts: int) -> list[list[int]]:
+        """Token ids of the first prompts of this rank's next rollout."""
+        return [self._rows[self._prompt_number(p)]["prompt_ids"] for p in self._positions[:num_prompts]]
 
     def _prompt_number(self, position: int) -> int:
         """Which prompt stands at a position of the endless stream of shuffled passes over the data set."""

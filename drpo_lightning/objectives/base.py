@@ -124,8 +124,10 @@ class Objective(ABC):
             ("rollout_logprobs", rollout_logprobs),
             ("advantages", advantages),
             ("completion_mask", completion_mask),
+            ("sequence_ids", sequence_ids),
+            ("proximal_logprobs", proximal_logprobs),
         ):
-            if tensor.shape != policy_logprobs.shape:
+            if tensor is not None and tensor.shape != policy_logprobs.shape:
                 raise ValueError(
                     f"`{name}` must have the shape of `policy_logprobs` {list(policy_logprobs.shape)}, "
                     f"got {list(tensor.shape)}"

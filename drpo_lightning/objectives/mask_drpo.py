@@ -25,7 +25,8 @@ def mask_drpo(
 
         grad_weight w = 1 where M = 1, else 1 - |pi - mu| / delta
 
-    It jumps at the threshold, unless delta equals it.
+    It jumps at the threshold, from 1 to 1 - threshold / delta. With delta = threshold that is 0, the weight of DPPO,
+    and a token beyond it is corrected; with delta above 1 no token ever is.
 
     Args:
         policy_logprobs: log pi in nats.

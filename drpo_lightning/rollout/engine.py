@@ -87,7 +87,8 @@ class RolloutEngine(ABC):
             num_samples: completions per prompt, different from each other.
             stop_token_ids: tokens that end a completion; they are part of it.
             seeds: one seed per prompt, below 2^62; equal seeds and weights give equal completions. None draws anew.
-            num_topk: how many of the most likely tokens at each place are returned with their logprobs.
+            num_topk: how many of the most likely tokens at each place are returned with their logprobs, most likely
+                first; -1 for the whole vocabulary.
 
         Returns:
             For each prompt its completions, with logprobs of the distribution that was sampled from.

@@ -72,8 +72,9 @@ class TransformersEngine(RolloutEngine):
         self._generator = torch.Generator().manual_seed(seed)
         self._model = replica.to(device).eval().requires_grad_(False)
         self._quantized = _linear_weights(replica) if self.dtype_name == "fp8" else frozenset()
-        with torch.no_grad():
-            self.load_weights(self._model.state_dict().items())
+        weights = replica.state_dict()
+        for name in self._quantized:
+            weights[name].copy_(round_to_fp8(weights[name]))
 
     def generate(
         self,
@@ -149,7 +150,7 @@ class TransformersEngine(RolloutEngine):
             logprobs.append(distribution.gather(1, token[:, None])[:, 0])
             alive.append(running)
             if num_topk:
-                likely.append(distribution.topk(num_topk))
+                likely.append(distribution.topk(num_topk if num_topk > 0 else distribution.shape[1]))
             running = running & ~torch.isin(token, stop)
             if step + 1 == sampling.max_tokens or not running.any():
                 break

@@ -318,7 +318,7 @@ def _completion(sample: Any, num_topk: int) -> Completion:  # noqa: ANN401
     if sample.finish_reason not in ("stop", "length"):
         raise EngineError(f"vLLM ended a completion with {sample.finish_reason!r} instead of `stop` or `length`")
     token_ids = list(sample.token_ids)
-    shape = (len(token_ids), 1 + num_topk)
+    shape = (len(token_ids), -1)
     ids = torch.tensor(sample.logprobs.token_ids).view(shape)
     logprobs = torch.tensor(sample.logprobs.logprobs).view(shape)
     if ids[:, 0].tolist() != token_ids:

@@ -1,6 +1,9 @@
 """The dashboard: every chart has a scalar that a run logs, and no scalar is on two charts."""
 
+import json
 import re
+from urllib.parse import urlencode
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -17,42 +20,36 @@ from drpo_lightning.callbacks import (
     RolloutStatistics,
     SyncProbe,
 )
-from drpo_lightning.callbacks.dashboard import LAYOUT, MASKS
+from drpo_lightning.callbacks.adaptive_delta import AdaptiveDelta
+from drpo_lightning.callbacks.mismatch_and_drift import MismatchAndDrift
+from drpo_lightning.charts import FIGURES, LAYOUT, charts_with
 from drpo_lightning.datamodules import ArithmeticPrompts
 from drpo_lightning.objectives import DPPO, DRPO
+from scripts.screenshot import tensorboard
 
-# What is looked up beside the dashboard, not on it.
-OFF_THE_DASHBOARD = re.compile(
-    "epoch|divergence/(k1_kl|binary_tv|.*_max)|grad_weight/.*_adv|log_ratio/.*|optim/learning_rate|policy_shift/mean"
-    "|region/outside_fraction_.*|reward/std|reward/.*/applies_fraction|val/completions/.*"
+CALLBACKS = (
+    CompletionLogger,
+    Dashboard,
+    Divergence,
+    MaskStatistics,
+    MismatchAndDrift,
+    PolicyShift,
+    RolloutStatistics,
+    SyncProbe,
 )
+ELSEWHERE = [
+    *("val/pass@16", "rollout/number", "guardrail/triggered", "adaptive/corrective_fraction"),
+    *(f"proxy/{name}_{kind}" for name in ("binary", "topk", "exact") for kind in ("tv", "kl")),
+]
+"""Scalars that other runs log than the ones of these tests."""
 
 
-def charts_of(layout):
-    """The tags of every chart, by section and title."""
-    return {(section, title): tags for section, charts in layout.items() for title, (_, tags) in charts.items()}
-
-
-def has(layout, section, title, tag, scalar):
-    """Whether a scalar is what a chart's tag asks for: a margin names its scalars, other charts search for theirs."""
-    return tag == scalar if layout[section][title][0] == "Margin" else re.search(tag, scalar) is not None
-
-
-def empty_tags(layout, scalars):
-    return {
-        tag
-        for place, tags in charts_of(layout).items()
-        for tag in tags
-        if not any(has(layout, *place, tag, scalar) for scalar in scalars)
-    }
-
-
-def read(make_run, folder, objective):
-    """The events of a short run with every callback that logs."""
-    logger = TensorBoardLogger(folder, default_hp_metric=False)
-    callbacks = (CompletionLogger, Dashboard, Divergence, MaskStatistics, PolicyShift, RolloutStatistics, SyncProbe)
+def log(make_run, folder, objective, *callbacks):
+    """A short run with every callback that logs; gives its log folder."""
+    logger = TensorBoardLogger(folder, name="", version=type(objective).__name__, default_hp_metric=False)
     make_run(
-        *(callback() for callback in callbacks),
+        *(callback() for callback in CALLBACKS),
+        *callbacks,
         trainer={"logger": logger, "max_epochs": 2, "num_sanity_val_steps": -1},
         module={"objective": objective},
         data={
@@ -60,48 +57,126 @@ def read(make_run, folder, objective):
             "val_num_samples": 2,
         },
     ).fit()
-    return EventAccumulator(logger.log_dir, size_guidance={"scalars": 0, "histograms": 0, "tensors": 0}).Reload()
+    return logger.log_dir
+
+
+def read(folder):
+    return EventAccumulator(folder, size_guidance={"scalars": 0, "histograms": 0, "tensors": 0}).Reload()
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """Runs by objective, each made once for all tests."""
+    return tmp_path_factory.mktemp("logs"), {}
 
 
 @pytest.fixture
-def events(make_run, tmp_path):
-    return read(make_run, tmp_path, DRPO(0.2))
+def logdir(logs, make_run):
+    """The logs of a DRPO run and of a DPPO run, which has a mask."""
+    folder, runs = logs
+    if not runs:
+        runs["DRPO"] = log(make_run, folder, DRPO(0.2), AdaptiveDelta())
+        runs["DPPO"] = log(make_run, folder, DPPO())
+    return folder
+
+
+@pytest.fixture
+def events(logdir):
+    return read(str(logdir / "DRPO"))
+
+
+@pytest.fixture
+def masked(logdir):
+    return read(str(logdir / "DPPO"))
 
 
 def layout_of(events):
-    """The layout as TensorBoard reads it from the events."""
-    (event,) = events.Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    """The patterns of the layout as TensorBoard reads it from the events."""
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
     return {
-        (category.title, chart.title): list(chart.multiline.tag)
-        or [tag for series in chart.margin.series for tag in (series.value, series.lower, series.upper)]
+        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
         for category in layout.category
-        for chart in category.chart
     }
 
 
-def test_every_chart_has_a_scalar(events):
-    assert not empty_tags(LAYOUT, events.Tags()["scalars"])
-    assert empty_tags(MASKS, events.Tags()["scalars"]) == {tag for tags in charts_of(MASKS).values() for tag in tags}
+def patterns():
+    return [(title, pattern) for charts in LAYOUT.values() for title, pattern in charts.items()]
 
 
-def test_an_objective_with_a_mask_has_charts_of_it(make_run, tmp_path):
-    events = read(make_run, tmp_path, DPPO())
-    assert layout_of(events) == charts_of(LAYOUT | MASKS)
-    assert not empty_tags(LAYOUT | MASKS, events.Tags()["scalars"])
+def titles_of(scalar):
+    return [title for title, pattern in patterns() if re.fullmatch(pattern, scalar)]
 
 
-def test_the_layout_is_written_as_tensorboard_reads_it(events):
-    assert layout_of(events) == charts_of(LAYOUT)
+def test_every_chart_has_a_scalar(events, masked):
+    scalars = events.Tags()["scalars"] + masked.Tags()["scalars"] + ELSEWHERE
+    assert [title for title, pattern in patterns() if not any(re.fullmatch(pattern, tag) for tag in scalars)] == []
 
 
-def test_a_scalar_is_on_one_chart_or_known_to_be_on_none(events):
-    for scalar in events.Tags()["scalars"]:
-        charts = {
-            place for place, tags in charts_of(LAYOUT).items() if any(has(LAYOUT, *place, tag, scalar) for tag in tags)
+def test_every_scalar_is_on_one_chart(events, masked):
+    for scalar in {*events.Tags()["scalars"], *masked.Tags()["scalars"], *ELSEWHERE}:
+        assert len(titles_of(scalar)) == 1, f"{scalar} is on {titles_of(scalar)}"
+
+
+def test_a_page_of_tensorboard_holds_every_section():
+    assert max(map(len, LAYOUT.values())) <= 12
+
+
+def test_main_figures_are_scalars_on_charts():
+    assert all(titles_of(tag) for tag in FIGURES)
+
+
+def test_charts_without_a_scalar_are_left_out():
+    assert charts_with([]) == {}
+    assert charts_with(["val/pass@4", "val/pass@4/x", "xoptim/loss"]) == {
+        "Reward": {"held-out pass@k": LAYOUT["Reward"]["held-out pass@k"]}
+    }
+
+
+def test_the_dashboard_has_the_charts_that_the_run_has_scalars_for(events, masked):
+    for run in (events, masked):
+        assert layout_of(run) == {
+            section: {title: [f"^(?:{pattern})$"] for title, pattern in charts.items()}
+            for section, charts in charts_with(run.Tags()["scalars"]).items()
         }
-        expected = 0 if OFF_THE_DASHBOARD.fullmatch(scalar) else 1
-        assert len(charts) == expected, f"{scalar} is on {charts}"
+    assert "Masks" in layout_of(masked)
+    assert "Masks" not in layout_of(events)
+
+
+def test_the_charts_of_an_update_are_there_before_the_next_one(make_run, make_recorder, tmp_path):
+    seen = []
+
+    def look(trainer, pl_module, batch_idx):
+        if trainer.global_step == 2:
+            trainer.logger.experiment.flush()
+            seen.append(layout_of(read(trainer.log_dir)))
+
+    logger = TensorBoardLogger(tmp_path, default_hp_metric=False)
+    make_run(PolicyShift(), RolloutStatistics(), make_recorder(look), Dashboard(), trainer={"logger": logger}).fit()
+    assert "mean |pi - mu|" in seen[0]["Trust region"]
+    assert "mean reward" in seen[0]["Reward"]
+    assert "sampled tokens per second" not in seen[0]["Speed"], "known at the end of the rollout"
+    assert "sampled tokens per second" in layout_of(read(logger.log_dir))["Speed"]
+
+
+def answer(url, path, **arguments):
+    """What TensorBoard's HTTP API says."""
+    with urlopen(f"{url}/data/{path}?{urlencode(arguments)}", timeout=30) as response:
+        return json.load(response)
+
+
+def test_tensorboard_serves_every_chart_with_points(logdir):
+    with tensorboard(logdir) as url:
+        runs = answer(url, "runs")
+        layout = answer(url, "plugin/custom_scalars/layout")
+        charts = [(category["title"], chart) for category in layout["category"] for chart in category["chart"]]
+        assert sorted(runs) == ["DPPO", "DRPO"]
+        assert len(charts) > 40
+        for section, chart in charts:
+            (tag,) = chart["multiline"]["tag"]
+            found = [answer(url, "plugin/custom_scalars/scalars", run=run, tag=tag)["tag_to_events"] for run in runs]
+            points = [point for curves in found for curve in curves.values() for point in curve]
+            assert points, f"{section}: {chart['title']}"
+            assert LAYOUT[section][chart["title"]] in tag
 
 
 def test_every_scalar_is_logged_once_per_step(events):

@@ -17,14 +17,17 @@ KINDS = [PolicyShift, Divergence, MaskStatistics]
 HISTOGRAMS = ("histogram/probability_shift", "histogram/log_ratio", "histogram/grad_weight")
 
 
-def random_batch(seed, shape=(5, 8)):
-    """On-policy, near and far tokens, A of both signs and 0, garbage outside the completions."""
+def random_batch(seed, shape=(6, 12)):
+    """On-policy, near and far tokens, rare and common ones, A of both signs and 0, garbage outside the completions."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high):
         return low + (high - low) * torch.rand(shape, generator=generator)
 
-    rollout = uniform(-4, -0.05)
+    kind = uniform(0, 1)
+    rollout = torch.where(
+        kind < 0.2, uniform(-0.1, -0.01), torch.where(kind < 0.8, uniform(-4, -0.2), uniform(-7, -4.7))
+    )
     policy = (rollout + uniform(-1, 1) * uniform(0, 1).round()).clamp(max=-0.01)
     policy = torch.where(uniform(0, 1) < 0.1, rollout - 25, policy)
     advantages = uniform(-1, 1) * (uniform(0, 1) < 0.8)
@@ -38,6 +41,7 @@ def random_batch(seed, shape=(5, 8)):
         advantages=advantages.where(mask, torch.tensor(0.0)),
         num_update_tokens=1,
         num_update_sequences=1,
+        sample_ids=torch.arange(len(mask)),
     )
     return batch, policy.where(mask, torch.tensor(math.nan))
 
@@ -71,9 +75,18 @@ def float64_tokens(micro_batches):
     return [np.concatenate(column) for column in columns]
 
 
-def share(condition, among=None):
-    chosen = condition if among is None else condition[among]
-    return chosen.mean() if len(chosen) else None
+def kinds_of(log_mu, advantages):
+    """The subsets of tokens by the names that keys end in; each has some."""
+    rare, common = np.exp(log_mu) <= 0.01, np.exp(log_mu) >= 0.9
+    kinds = {
+        "_positive_adv": advantages > 0,
+        "_negative_adv": advantages < 0,
+        "_rare": rare,
+        "_middle": ~rare & ~common,
+        "_common": common,
+    }
+    assert all(chosen.any() for chosen in kinds.values())
+    return kinds
 
 
 @pytest.fixture(params=[1, 3])
@@ -95,6 +108,12 @@ def test_policy_shift_equals_a_float64_computation(micro_batches, make_memory):
         "log_ratio/beyond_clamp_fraction": pytest.approx((abs(log_ratio) > 20).mean(), rel=1e-5),
         "importance_ratio/mean": pytest.approx(ratio.mean(), rel=1e-5),
         "importance_ratio/max": pytest.approx(ratio.max(), rel=1e-5),
+        "policy_shift/abs_p99": pytest.approx(np.quantile(abs(shift), 0.99, method="inverted_cdf"), rel=0.024),
+        "policy_shift/beyond_0.05_fraction": pytest.approx((abs(shift) > 0.05).mean()),
+        "policy_shift/beyond_0.1_fraction": pytest.approx((abs(shift) > 0.1).mean()),
+        "policy_shift/beyond_0.2_fraction": pytest.approx((abs(shift) > 0.2).mean()),
+        "policy_shift/beyond_0.5_fraction": pytest.approx((abs(shift) > 0.5).mean()),
+        "entropy/rollout": pytest.approx(-log_mu.mean(), rel=1e-5),
     }
 
 
@@ -122,22 +141,26 @@ def test_gradient_weights_equal_a_float64_computation(micro_batches, make_memory
     signed = advantages != 0
     # On-policy tokens have w = 1 up to rounding, which counts as neither.
     settled = abs(weight - 1) > 1e-3
-    regions = {
+    everywhere = np.ones_like(signed)
+    values = {
+        "grad_weight/mean": (weight, signed),
         "grad_weight/corrective_fraction": (weight < 0, signed),
         "grad_weight/attenuated_fraction": ((weight >= 0) & (weight < 1) & settled, signed),
         "grad_weight/amplified_fraction": ((weight > 1) & settled, signed),
-        "region/outside_fraction": ((abs(shift) > 0.2) & (shift * advantages > 0), np.ones_like(signed)),
+        "region/outside_fraction": ((abs(shift) > 0.2) & (shift * advantages > 0), everywhere),
     }
+    kinds = {"": everywhere} | kinds_of(log_mu, advantages)
     expected = {
-        "grad_weight/mean": weight[signed].mean(),
-        "grad_weight/max": weight[signed].max(),
-        "grad_weight/min": weight[signed].min(),
+        name + kind: value[among & chosen].mean()
+        for name, (value, among) in values.items()
+        for kind, chosen in kinds.items()
     }
-    for name, (condition, among) in regions.items():
-        expected[name] = share(condition, among)
-        expected[f"{name}_positive_adv"] = share(condition, advantages > 0)
-        expected[f"{name}_negative_adv"] = share(condition, advantages < 0)
+    expected |= {f"tokens/{kind}_fraction": kinds[f"_{kind}"].mean() for kind in ("rare", "middle", "common")}
+    expected |= {"grad_weight/max": weight[signed].max(), "grad_weight/min": weight[signed].min()}
     found = logged(MaskStatistics(), DRPO(delta), micro_batches, make_memory())
+    for q in (1, 10, 50, 90, 99):
+        exact = np.quantile(weight[signed], q / 100, method="inverted_cdf")
+        assert found.pop(f"grad_weight/p{q:02}") - 1 == pytest.approx(exact - 1, rel=0.024, abs=2e-6)
     assert found == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in expected.items()}
 
 
@@ -159,8 +182,37 @@ def test_mask_fractions_equal_a_float64_computation(micro_batches, make_memory, 
     assert 0 < dropped.mean() < 1
     found = logged(MaskStatistics(), DPPO(divergence), micro_batches, make_memory())
     assert found["mask/fraction"] == pytest.approx(dropped.mean())
-    assert found["mask/fraction_positive_adv"] == pytest.approx(dropped[advantages > 0].mean())
-    assert found["mask/fraction_negative_adv"] == pytest.approx(dropped[advantages < 0].mean())
+    for kind, chosen in kinds_of(log_mu, advantages).items():
+        assert found[f"mask/fraction{kind}"] == pytest.approx(dropped[chosen].mean()), kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
+def test_garbage_outside_the_completions_changes_nothing(make_memory, kind, garbage):
+    batch, policy = random_batch(0)
+    clean = logged(kind(), DPPO(), [(batch, policy)], make_memory())
+    for name in ("rollout_logprobs", "advantages"):
+        setattr(batch, name, getattr(batch, name).where(batch.completion_mask, torch.tensor(garbage)))
+    policy = policy.where(batch.completion_mask, torch.tensor(garbage))
+    assert logged(kind(), DPPO(), [(batch, policy)], make_memory()) == clean
+
+
+def test_the_thresholds_of_rare_and_common_tokens_belong_to_them(make_memory):
+    batch, _ = random_batch(0, shape=(1, 5))
+    batch.completion_mask = torch.tensor([[False, True, True, True, True]])
+    batch.rollout_logprobs = torch.tensor([[0.0, 0.01, 0.0101, 0.899, 0.9]]).log()
+    found = logged(MaskStatistics(), DRPO(0.2), [(batch, batch.rollout_logprobs)], make_memory())
+    shares = [found[f"tokens/{kind}_fraction"] for kind in ("rare", "middle", "common")]
+    assert shares == [0.25, 0.5, 0.25]
+
+
+def test_a_token_that_was_certain_is_common_and_adds_no_entropy(make_memory):
+    batch, _ = random_batch(0, shape=(2, 3))
+    batch.rollout_logprobs = torch.zeros(2, 3)
+    batch.completion_mask[0, 1] = True
+    pair = (batch, batch.rollout_logprobs)
+    assert logged(MaskStatistics(), DRPO(0.2), [pair], make_memory())["tokens/common_fraction"] == 1
+    assert logged(PolicyShift(), DRPO(0.2), [pair], make_memory())["entropy/rollout"] == 0
 
 
 @pytest.mark.parametrize(("objective", "has_mask"), [(DRPO(0.2), False), (DPPO(), True), (ClippedRatio(), True)])
@@ -179,9 +231,9 @@ def test_an_update_without_completion_tokens_logs_nothing(make_memory, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_updates_do_not_run_into_each_other(make_memory, kind):
-    callback, logger = kind(), make_memory()
-    logged(callback, DPPO(), [random_batch(1)], logger)
-    second = logged(callback, DPPO(), [random_batch(2)], logger)
+    callback = kind()
+    logged(callback, DPPO(), [random_batch(1)], make_memory())
+    second = logged(callback, DPPO(), [random_batch(2)], make_memory())
     assert second == logged(kind(), DPPO(), [random_batch(2)], make_memory())
 
 

@@ -15,7 +15,13 @@ NUM_TOKENS = 60
 
 def statistics():
     return TokenStatistics(
-        means=["mean", "part"], maxima=["max"], minima=["min"], histograms={"histogram": torch.tensor(EDGES)}
+        means=["mean"],
+        subset_means=["part"],
+        subsets=["_in"],
+        maxima=["max"],
+        minima=["min"],
+        histograms={"histogram": torch.tensor(EDGES)},
+        quantiles={"value": (torch.tensor(EDGES), [0.25, 0.99])},
     )
 
 
@@ -30,12 +36,15 @@ def random_tokens(seed, nan_fraction=0.1):
     return values, mask, subset
 
 
+NAMES = ["mean", "part", "max", "min", "histogram", "value"]
+
+
 def feed(metric, values, mask, subset=None):
-    """Adds one micro-batch of a single row."""
-    values = torch.as_tensor(values)[None]
-    mask = torch.as_tensor(mask)[None]
-    subset = mask if subset is None else torch.as_tensor(subset)[None]
-    metric.update(dict.fromkeys(["mean", "part", "max", "min", "histogram"], values), mask, {"part": subset})
+    """Adds the tokens of one micro-batch under a mask."""
+    mask = torch.as_tensor(mask)
+    values = torch.as_tensor(values)[mask]
+    subset = torch.ones_like(mask) if subset is None else torch.as_tensor(subset)
+    metric.update(dict.fromkeys(NAMES, values), {"_in": subset[mask]})
 
 
 def bin_counts(values):
@@ -44,6 +53,16 @@ def bin_counts(values):
     for value in values:
         counts[max(0, min(len(counts) - 1, sum(value >= edge for edge in EDGES) - 1))] += 1
     return counts
+
+
+def quantile(values, q):
+    """Linear in the bin that holds the quantile, within the least and the largest value."""
+    counts, rank = bin_counts(values), q * len(values)
+    for i, count in enumerate(counts):
+        if count and rank <= sum(counts[: i + 1]):
+            position = EDGES[i] + (EDGES[i + 1] - EDGES[i]) * (rank - sum(counts[:i])) / count
+            return min(max(position, values.min()), values.max())
+    raise AssertionError
 
 
 def state(metric):
@@ -60,7 +79,10 @@ def test_equals_float64_numpy_however_the_tokens_are_split(seed, cuts):
     exact = values.astype(np.float64)
     chosen = exact[mask & ~np.isnan(exact)]
     assert scalars["mean"] == pytest.approx(chosen.mean(), rel=1e-12, abs=1e-12)
-    assert scalars["part"] == pytest.approx(exact[mask & subset & ~np.isnan(exact)].mean(), rel=1e-12, abs=1e-12)
+    assert scalars["part"] == pytest.approx(scalars["mean"], rel=1e-12, abs=1e-12)
+    assert scalars["part_in"] == pytest.approx(exact[mask & subset & ~np.isnan(exact)].mean(), rel=1e-12, abs=1e-12)
+    assert scalars["value_p25"] == pytest.approx(quantile(chosen, 0.25), rel=1e-12, abs=1e-12)
+    assert scalars["value_p99"] == pytest.approx(quantile(chosen, 0.99), rel=1e-12, abs=1e-12)
     assert (scalars["min"], scalars["max"]) == (chosen.min(), chosen.max())
     histogram = histograms["histogram"]
     assert histogram.edges.tolist() == EDGES
@@ -74,7 +96,15 @@ def test_two_micro_batches_worked_by_hand():
     feed(metric, [1.0, 2.0, 9.0], [True, True, False], [True, False, True])
     feed(metric, [-4.0], [True], [False])
     scalars, histograms = metric.compute()
-    assert scalars == {"mean": pytest.approx(-1 / 3), "part": 1.0, "max": 2.0, "min": -4.0}
+    assert scalars == {
+        "mean": pytest.approx(-1 / 3),
+        "part": pytest.approx(-1 / 3),
+        "part_in": 1.0,
+        "max": 2.0,
+        "min": -4.0,
+        "value_p25": pytest.approx(-2 + 0.75 * 1.5),  # rank 0.75 of the one value in [-2, -0.5)
+        "value_p99": pytest.approx(0.25 + 0.985 * 0.75),  # rank 2.97 - 1 of the two in [0.25, 1]
+    }
     assert histograms["histogram"].counts.tolist() == [1, 0, 0, 2]
     assert (histograms["histogram"].total, histograms["histogram"].total_squares) == (-1.0, 21.0)
 
@@ -86,13 +116,13 @@ def test_tokens_count_once_and_not_micro_batches():
     assert metric.compute()[0]["mean"] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_garbage_outside_the_mask_changes_nothing(garbage):
-    values, mask, subset = random_tokens(0)
-    clean, dirty = statistics(), statistics()
-    feed(clean, values, mask, subset)
-    feed(dirty, np.where(mask, values, np.float32(garbage)), mask, subset)
-    assert state(clean) == state(dirty)
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_an_infinite_value_does_not_touch_the_subset_that_it_is_not_in(value):
+    metric = statistics()
+    feed(metric, [1.0, value, 3.0], [True] * 3, [True, False, True])
+    scalars, _ = metric.compute()
+    assert scalars["part_in"] == 2.0
+    assert scalars["part"] == value
 
 
 def test_nan_is_left_out_of_every_statistic():
@@ -123,7 +153,7 @@ def test_a_value_on_an_edge_is_in_the_bin_above_and_the_last_edge_in_the_last_bi
 def test_a_name_without_tokens_is_missing():
     metric = statistics()
     feed(metric, [1.0, float("nan")], [True, True], [False, True])
-    assert metric.compute()[0].keys() == {"mean", "max", "min"}
+    assert metric.compute()[0].keys() == {"mean", "part", "max", "min", "value_p25", "value_p99"}
     nothing = statistics()
     feed(nothing, [1.0], [False])
     scalars, histograms = nothing.compute()
@@ -141,8 +171,8 @@ def test_an_empty_micro_batch_changes_nothing():
 
 def test_bool_values_have_a_mean():
     metric = TokenStatistics(means=["share"])
-    metric.update({"share": torch.tensor([[True, False, False, True]])}, torch.tensor([[True, True, True, False]]))
-    assert metric.compute()[0]["share"] == pytest.approx(1 / 3)
+    metric.update({"share": torch.tensor([[True, False], [False, False]])})
+    assert metric.compute()[0]["share"] == pytest.approx(1 / 4)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, NUM_TOKENS))
@@ -160,11 +190,12 @@ def test_the_states_of_two_ranks_merge_to_the_state_of_one(seed, cut):
 
 def test_forward_gives_the_micro_batch_and_adds_it():
     metric = statistics()
-    mask = torch.ones(1, 1, dtype=torch.bool)
+    names = ("mean", "part", "part_in", "max", "min", "value_p25", "value_p99")
     for value in (3.0, 1.0):
-        values = dict.fromkeys(["mean", "part", "max", "min", "histogram"], torch.tensor([[value]]))
-        assert metric(values, mask)[0] == {"mean": value, "part": value, "max": value, "min": value}
-    assert metric.compute()[0] == {"mean": 2.0, "part": 2.0, "max": 3.0, "min": 1.0}
+        values = dict.fromkeys(NAMES, torch.tensor([[value]]))
+        assert metric(values, {"_in": torch.tensor([[True]])})[0] == dict.fromkeys(names, value)
+    scalars, _ = metric.compute()
+    assert {name: scalars[name] for name in names[:5]} == {"mean": 2, "part": 2, "part_in": 2, "max": 3, "min": 1}
 
 
 def test_reset_forgets_everything():
@@ -173,7 +204,7 @@ def test_reset_forgets_everything():
     metric.reset()
     feed(metric, [1.0], [True])
     scalars, histograms = metric.compute()
-    assert scalars == {"mean": 1.0, "part": 1.0, "max": 1.0, "min": 1.0}
+    assert set(scalars.values()) == {1.0}
     assert histograms["histogram"].counts.tolist() == [0, 0, 0, 1]
 
 
@@ -205,7 +236,7 @@ def test_low_precision_values_are_added_up_in_float64():
 
 def test_more_tokens_than_float32_can_count_are_counted():
     metric = TokenStatistics(histograms={"x": torch.tensor([0.0, 1.0, 2.0])})
-    metric.update({"x": torch.tensor([0.5, 1.5])}, torch.tensor([True, True]))
+    metric.update({"x": torch.tensor([0.5, 1.5])})
     metric.sums[:2] = torch.tensor([2**24 + 1, 0], dtype=torch.float64)
     assert metric.compute()[1]["x"].counts.tolist() == [2**24 + 1, 0]
 
@@ -219,11 +250,42 @@ def test_a_name_asked_for_twice_is_refused():
     with pytest.raises(ValueError, match="'x'"):
         TokenStatistics(means=["x"], maxima=["x"])
 
+    for value, statistic in (("x", "x_p50"), ("x/", "x/p50")):
+        with pytest.raises(ValueError, match=statistic):
+            TokenStatistics(means=[statistic], quantiles={value: (torch.tensor(EDGES), [0.5])})
+    with pytest.raises(ValueError, match="'x_in'"):
+        TokenStatistics(means=["x_in"], subset_means=["x"], subsets=["_in"])
+
+
+@pytest.mark.parametrize("q", [-0.01, 1.01, float("nan")])
+def test_a_quantile_out_of_range_is_refused(q):
+    with pytest.raises(ValueError, match=rf"a quantile must be in \[0, 1\], got {q}"):
+        TokenStatistics(quantiles={"x": (torch.tensor(EDGES), [q])})
+
+
+def test_quantiles_are_named_by_their_percentage():
+    metric = TokenStatistics(quantiles={"x": (torch.tensor(EDGES), [0.01, 0.1, 0.999, 1.0])})
+    metric.update({"x": torch.tensor([0.5])})
+    assert metric.compute()[0] == dict.fromkeys(["x_p01", "x_p10", "x_p99.9", "x_p100"], 0.5)
+
+
+def test_a_quantile_is_never_beyond_the_extremes():
+    metric = TokenStatistics(quantiles={"x": (torch.tensor(EDGES), [0.0, 0.5, 1.0])})
+    metric.update({"x": torch.tensor([0.05, 0.1, 0.2])})
+    scalars, _ = metric.compute()
+    assert scalars["x_p00"] == pytest.approx(0.05)
+    assert 0.05 <= scalars["x_p50"] <= 0.2
+    assert scalars["x_p100"] == pytest.approx(0.2)
+
 
 def test_one_kind_of_statistic_can_be_asked_for_alone():
-    mask = torch.tensor([True, True])
     values = {"x": torch.tensor([1.0, 3.0])}
-    for settings, expected in (({"means": ["x"]}, 2.0), ({"maxima": ["x"]}, 3.0), ({"minima": ["x"]}, 1.0)):
+    for settings, expected in (
+        ({"means": ["x"]}, {"x": 2.0}),
+        ({"maxima": ["x"]}, {"x": 3.0}),
+        ({"minima": ["x"]}, {"x": 1.0}),
+        ({"subset_means": ["x"]}, {"x": 2.0}),
+    ):
         metric = TokenStatistics(**settings)
-        metric.update(values, mask)
-        assert metric.compute() == ({"x": expected}, {})
+        metric.update(values)
+        assert metric.compute() == (expected, {})
