@@ -18,10 +18,12 @@ FLOORS = {
     "rollout": 1,
     "rewards": 1,
     "logs": 1,
+    "charts": 1,
     "modules": 2,
     "datamodules": 2,
     "callbacks": 3,
     "export": 3,
+    "report": 3,
     "cli": 4,
     "__main__": 4,
 }
@@ -32,7 +34,7 @@ PURE = {
     "objectives": STDLIB_OF_PURE_CODE
     | {"torch", "jaxtyping", "drpo_lightning.functional", "drpo_lightning.objectives"},
 }
-IMPORTED_WHERE_USED = {"vllm", "transformers", "datasets", "pyarrow"}
+IMPORTED_WHERE_USED = {"vllm", "transformers", "datasets", "pyarrow", "matplotlib"}
 RUN_MAIN = f"runpy.run_module('{PACKAGE}', run_name='__main__')"
 FILES = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.rglob("*.py"))}
 

@@ -1,5 +1,7 @@
 """The data that travels."""
 
+from dataclasses import replace
+
 import jaxtyping
 import pytest
 import torch
@@ -35,15 +37,29 @@ def rollout():
     )
 
 
-def collate(rows):
+def collate(rows, of=rollout):
     return RolloutBatch.collate(
-        rollout(),
+        of(),
         rows,
         torch.tensor([1.0, -1.0, 2.0, -2.0]),
         pad_token_id=99,
         num_update_tokens=6,
         num_update_sequences=4,
     )
+
+
+def rollout_with_more():
+    """The same with pi_prox and the top 2, whose entries tell sample, token and rank."""
+    plain = rollout()
+
+    def topk(row, length):
+        places = torch.arange(length)[:, None]
+        ids = 100 * row + 10 * places + torch.arange(2)
+        return {"topk_ids": ids, "topk_logprobs": -ids / 1000}
+
+    completions = [replace(c, **topk(i, len(c.token_ids))) for i, c in enumerate(plain.completions)]
+    proximal = [[logprob - 1 for logprob in c.logprobs] for c in plain.completions]
+    return replace(plain, completions=completions, proximal_logprobs=proximal, prompt_numbers=[4, 4, 7, 7])
 
 
 def square(size=3, **changes):
@@ -54,7 +70,8 @@ def square(size=3, **changes):
         "rollout_logprobs": torch.zeros(size, size),
         "advantages": torch.zeros(size, size),
     }
-    return RolloutBatch(**(tensors | changes), num_update_tokens=9, num_update_sequences=3)
+    sizes = {"num_update_tokens": 9, "num_update_sequences": 3, "sample_ids": torch.arange(size)}
+    return RolloutBatch(**(tensors | changes), **sizes)
 
 
 def test_collate_worked_by_hand():
@@ -80,6 +97,50 @@ def test_collate_of_an_empty_completion_has_no_completion_token():
     assert batch.input_ids.tolist() == [[13]]
     assert batch.completion_mask.tolist() == [[False]]
     assert batch.advantages.tolist() == batch.rollout_logprobs.tolist() == [[0.0]]
+
+
+def test_collate_aligns_pi_prox_and_the_top_k_with_the_sampled_tokens():
+    batch = collate([3, 0, 2], rollout_with_more)
+    assert batch.input_ids.tolist() == [[13, 8, 2, 99, 99], [11, 12, 5, 6, 2], [13, 99, 99, 99, 99]]
+    expected = torch.tensor([[0, -1.5, -1.6, 0, 0], [0, 0, -1.1, -1.2, -1.3], [0, 0, 0, 0, 0]])
+    torch.testing.assert_close(batch.proximal_logprobs, expected)
+    none = [0, 0]
+    ids = [
+        [none, [300, 301], [310, 311], none, none],
+        [none, none, [0, 1], [10, 11], [20, 21]],
+        [none] * 5,
+    ]
+    assert batch.topk_ids.tolist() == ids
+    torch.testing.assert_close(batch.topk_logprobs, -torch.tensor(ids) / 1000)
+    assert batch.topk_ids.dtype == torch.int64
+    assert (batch.topk_logprobs.dtype, batch.proximal_logprobs.dtype) == (torch.float32, torch.float32)
+
+
+def test_collate_without_pi_prox_and_top_k_has_none():
+    batch = collate([0, 1])
+    assert (batch.proximal_logprobs, batch.topk_ids, batch.topk_logprobs) == (None, None, None)
+
+
+def test_a_row_knows_its_sample():
+    assert collate([3, 0, 2]).sample_ids.tolist() == [3, 0, 2]
+
+
+def test_lightning_moves_the_optional_tensors_too():
+    moved = move_data_to_device(collate([0, 1], rollout_with_more), torch.device("meta"))
+    for name in ("sample_ids", "proximal_logprobs", "topk_ids", "topk_logprobs"):
+        assert getattr(moved, name).device.type == "meta"
+
+
+@pytest.mark.parametrize("name", ["topk_ids", "topk_logprobs"])
+def test_a_completion_needs_one_row_of_the_top_k_per_token(name):
+    dtype = torch.long if name == "topk_ids" else torch.float32
+    with pytest.raises(ValueError, match=f"a completion of 2 tokens has 3 rows of `{name}`"):
+        Completion([1, 2], [-0.1, -0.2], "stop", **{name: torch.zeros(3, 4, dtype=dtype)})
+
+
+def test_a_completion_needs_one_logprob_per_token():
+    with pytest.raises(ValueError, match="a completion of 2 tokens has 1 logprobs"):
+        Completion([1, 2], [-0.1], "stop")
 
 
 def test_collated_tensors_have_the_types_that_a_model_takes():

@@ -14,6 +14,7 @@ from drpo_lightning.batch import Sampling
 from drpo_lightning.callbacks import FunctionReward
 from drpo_lightning.datamodules import ArithmeticPrompts, PromptSource
 from drpo_lightning.errors import SettingError
+from drpo_lightning.objectives import ClippedRatio, Decoupled, TopKDPPO
 from drpo_lightning.rewards.base import RewardError
 from drpo_lightning.rollout import RolloutHooks, TransformersEngine
 
@@ -223,6 +224,69 @@ def test_a_prompt_that_comes_twice_in_a_rollout_gets_different_samples(make_run,
     for tokens in samples.values():
         groups = {tuple(tokens[i : i + 4]) for i in range(0, len(tokens), 4)}
         assert len(groups) > 1
+
+
+def test_samples_know_the_row_of_the_data_set_and_rows_of_a_batch_their_sample(make_run, make_recorder):
+    recorder = make_recorder()
+    run = make_run(recorder, trainer={"max_epochs": 2})
+    run.fit()
+    data = run.data.prompts.load()
+    for rollout, batches in zip(recorder.rollouts, recorder.batches, strict=True):
+        assert [data[number]["prompt"] for number in rollout.prompt_numbers] == rollout.prompts
+        assert sorted(row for batch in batches for row in batch.sample_ids.tolist()) == list(range(16))
+        for batch in batches:
+            for i, row in enumerate(batch.sample_ids.tolist()):
+                expected = rollout.prompt_ids[row] + rollout.completions[row].token_ids
+                assert batch.input_ids[i][batch.attention_mask[i]].tolist() == expected
+
+
+# ---------------------------------------------------------------- what an objective asks for
+
+
+def test_without_need_the_engine_returns_no_top_k_and_nothing_is_scored(make_run, make_recorder):
+    engine, recorder = WatchedEngine(), make_recorder()
+    make_run(recorder, data={"engine": engine}).fit()
+    assert [request["num_topk"] for request in engine.requests] == [0]
+    assert recorder.rollouts[0].proximal_logprobs is None
+    assert recorder.rollouts[0].completions[0].topk_ids is None
+    batch = recorder.batches[0][0]
+    assert (batch.proximal_logprobs, batch.topk_ids, batch.topk_logprobs) == (None, None, None)
+
+
+def test_the_top_k_is_asked_of_the_engine_in_training_alone(make_run, make_recorder):
+    engine, recorder = WatchedEngine(), make_recorder()
+    make_run(
+        recorder,
+        module={"objective": TopKDPPO(6)},
+        data={"engine": engine, "val_prompts": ArithmeticPrompts("validation", max_operand=9, num_validation=20)},
+    ).fit()
+    assert {(request["num_prompts"], request["num_topk"]) for request in engine.requests} == {(4, 6), (20, 0)}
+    for completion in recorder.rollouts[0].completions:
+        assert completion.topk_ids.shape == completion.topk_logprobs.shape == (len(completion.token_ids), 6)
+        assert (completion.topk_logprobs.diff(dim=1) <= 0).all()
+        likeliest = completion.topk_logprobs[:, 0]
+        assert (torch.tensor(completion.logprobs) <= likeliest + 1e-6).all()
+
+
+def test_pi_prox_is_the_trainer_at_the_weights_of_the_rollout(make_run, make_recorder):
+    recorder = make_recorder()
+    run = make_run(
+        recorder,
+        trainer={"max_epochs": 3},
+        module={"objective": Decoupled(ClippedRatio()), "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)},
+    )
+    run.fit()
+    differences = []
+    for rollout in recorder.rollouts:
+        for proximal, completion in zip(rollout.proximal_logprobs, rollout.completions, strict=True):
+            assert len(proximal) == len(completion.logprobs)
+            differences += [abs(a - b) for a, b in zip(proximal, completion.logprobs, strict=True)]
+    assert 0 < max(differences) <= 1e-4
+    for batches in recorder.batches:
+        shift = [(b.proximal_logprobs - b.rollout_logprobs)[b.completion_mask].abs().max() for b in batches]
+        assert max(shift) <= 1e-4, "also of the second update, when the policy has moved"
+    second = recorder.outputs[1]["policy_logprobs"]
+    assert (second - recorder.batches[0][1].proximal_logprobs).abs().max() > 1e-3
 
 
 # ---------------------------------------------------------------- repeatability
@@ -628,6 +692,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_run, make_recorder, tmp_
     left = [trained_sequences([b]) for batches in second.batches for b in batches]
     assert left == [trained_sequences([b]) for batches in recorder.batches for b in batches][8 * at[0] + at[1] + 1 :]
     assert len(second.rollouts) == 2 - at[0]
+
+
+@pytest.mark.parametrize("objective", [TopKDPPO(5, "kl", 1e-4), Decoupled(ClippedRatio(0.01, 0.01))], ids=repr)
+@pytest.mark.parametrize("at", [(0, 0), (1, 2)])
+def test_a_resumed_run_keeps_what_its_objective_asks_for(make_run, make_recorder, tmp_path, objective, at):
+    whole, again, recorder, second = resumed(
+        make_run,
+        make_recorder,
+        tmp_path / "run.ckpt",
+        at=at,
+        trainer={"max_epochs": 2},
+        data={"num_updates": 4},
+        module={"objective": objective, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)},
+    )
+    assert torch.equal(weights_of(whole), weights_of(again))
+    left = [b for batches in second.batches for b in batches]
+    trained = [b for batches in recorder.batches for b in batches][4 * at[0] + at[1] + 1 :]
+    for a, b in zip(left, trained, strict=True):
+        for name in ("sample_ids", "proximal_logprobs", "topk_ids", "topk_logprobs"):
+            ours, theirs = getattr(a, name), getattr(b, name)
+            assert (ours is None) == (theirs is None)
+            assert ours is None or torch.equal(ours, theirs)
+    names = ("topk_ids", "topk_logprobs") if objective.num_topk else ("proximal_logprobs",)
+    assert all(getattr(left[0], name) is not None for name in names)
+    kept = [output["objective"].keep[batch.completion_mask] for output, batch in zip(second.outputs, left, strict=True)]
+    assert 0 < torch.cat(kept).float().mean() < 1
 
 
 def test_a_checkpoint_inside_an_update_warns_that_its_gradient_is_lost(make_run, make_recorder, tmp_path):

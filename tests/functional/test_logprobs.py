@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drpo_lightning.functional import linear_token_logprobs, sampling_logprobs
+from drpo_lightning.functional.logprobs import target_logprobs
 
 TOKENS, WIDTH, VOCAB = 23, 8, 37
 
@@ -85,9 +86,55 @@ def test_bfloat16_hidden_states_give_float32_logprobs(chunk_size):
     assert hidden.grad.isfinite().all()
 
 
+SEVERAL = torch.randint(VOCAB, (TOKENS, 4), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 22, 23, 1024])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_several_targets_equal_a_gather_from_log_softmax_gradients_included(chunk_size, with_bias):
+    hidden, weight, bias, _ = head(3)
+    leaves = [hidden, weight, bias] if with_bias else [hidden, weight]
+    got = linear_token_logprobs(
+        hidden, weight, SEVERAL, bias=bias if with_bias else None, temperature=0.7, chunk_size=chunk_size
+    )
+    logits = hidden @ weight.T + (bias if with_bias else 0)
+    expected = (logits / 0.7).log_softmax(-1).gather(1, SEVERAL)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    upstream = torch.randn(TOKENS, 4, generator=torch.Generator().manual_seed(9))
+    grads, naive = (torch.autograd.grad((value * upstream).sum(), leaves) for value in (got, expected))
+    for grad, reference in zip(grads, naive, strict=True):
+        torch.testing.assert_close(grad, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_several_targets_are_each_what_they_are_alone():
+    hidden, weight, bias, _ = head(3)
+    together = linear_token_logprobs(hidden, weight, SEVERAL, bias=bias, chunk_size=5)
+    for column in range(4):
+        alone = linear_token_logprobs(hidden, weight, SEVERAL[:, column], bias=bias)
+        torch.testing.assert_close(together[:, column], alone, rtol=1e-6, atol=1e-6)
+
+
+def test_all_targets_sum_to_one():
+    hidden, weight, _, _ = head()
+    everything = torch.arange(VOCAB).expand(TOKENS, VOCAB)
+    got = linear_token_logprobs(hidden, weight, everything, temperature=1.3, chunk_size=4)
+    torch.testing.assert_close(got.exp().sum(1), torch.ones(TOKENS))
+
+
+@pytest.mark.parametrize("shape", [(TOKENS,), (TOKENS, 3)])
+def test_target_logprobs_are_float32_whatever_the_logits_are(shape):
+    logits = torch.randn(TOKENS, VOCAB, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(1))
+    got = target_logprobs(logits, targets, temperature=0.7)
+    expected = (logits.float() / 0.7).log_softmax(-1).gather(1, targets.view(TOKENS, -1)).view(shape)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_no_tokens_give_no_logprobs():
     hidden, weight, _, targets = head()
     assert linear_token_logprobs(hidden[:0], weight, targets[:0]).shape == (0,)
+    assert linear_token_logprobs(hidden[:0], weight, SEVERAL[:0]).shape == (0, 4)
 
 
 def reference_sampling_probs(logits, temperature, top_p, top_k):

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drpo_lightning.functional import LOG_RATIO_CLAMP, importance_ratio, probability_shift, within_log_ratio_clamp
+from drpo_lightning.functional import (
+    LOG_RATIO_CLAMP,
+    importance_ratio,
+    log_importance_ratio,
+    probability_shift,
+    within_log_ratio_clamp,
+)
 
 LOGPROBS = st.floats(-60, 0, width=32)
 
@@ -53,6 +59,14 @@ def test_beyond_the_clamp_ratio_is_finite_and_has_no_gradient():
     clamped = torch.tensor([-20.0, -20.0, -15.0, 0.0, 15.0, 20.0, 20.0]).exp()
     torch.testing.assert_close(ratio.detach(), clamped, rtol=1e-5, atol=0.0)
     torch.testing.assert_close(log_ratio.grad, clamped * torch.tensor([0.0, 1, 1, 1, 1, 1, 0]), rtol=1e-5, atol=0.0)
+
+
+def test_log_ratio_is_clamped_and_has_a_gradient_of_one_inside():
+    log_ratio = torch.tensor([-100.0, -20.0, -15.0, 0.0, 15.0, 20.0, 100.0], requires_grad=True)
+    got = log_importance_ratio(log_ratio - 0.5, torch.full((7,), -0.5))
+    got.sum().backward()
+    assert got.tolist() == [-20, -20, -15, 0, 15, 20, 20]
+    assert log_ratio.grad.tolist() == [0, 1, 1, 1, 1, 1, 0]
 
 
 def test_gradient_of_the_shift_is_pi():

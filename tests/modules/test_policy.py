@@ -12,7 +12,22 @@ from drpo_lightning.batch import Sampling
 from drpo_lightning.datamodules import ArithmeticPrompts, RolloutDataModule
 from drpo_lightning.modules import PolicyModule
 from drpo_lightning.modules.policy import check_model_folder, check_sampling, check_strategy, fraction_rounded_away
-from drpo_lightning.objectives import DPPO, DRPO, ClippedRatio, Objective, Unregularized
+from drpo_lightning.objectives import (
+    CISPO,
+    DPPO,
+    DRPO,
+    GSPO,
+    SAPO,
+    SPO,
+    ClippedRatio,
+    Decoupled,
+    DivergencePenalty,
+    MaskDRPO,
+    Objective,
+    TokenTerms,
+    TopKDPPO,
+    Unregularized,
+)
 
 AGGREGATIONS = [
     {"aggregation": "token_mean"},
@@ -64,6 +79,18 @@ def test_updates_do_not_depend_on_the_micro_batches(make_run, logged, aggregatio
         assert steps == (1, 2) * 3
         for i in (0, 1):
             assert values[i::2] == pytest.approx([values[i]] * 3, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", [GSPO(0.3, 0.5), TopKDPPO(4), Decoupled(ClippedRatio())], ids=repr)
+def test_what_an_objective_asks_for_is_split_with_the_update(make_run, objective):
+    weights = []
+    for accumulate in (1, 4):
+        run = make_run(
+            trainer={"accumulate_grad_batches": accumulate}, module={"optimizer": sgd, "objective": objective}
+        )
+        run.fit()
+        weights.append(weights_of(run))
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
 
 
 def make_started(make_run):
@@ -137,14 +164,32 @@ def test_without_clipping_the_step_is_the_gradient_norm(make_run, make_recorder,
 
 
 def test_the_first_update_follows_the_plain_policy_gradient(make_run, make_recorder):
-    """At pi = mu every objective is r A with w = 1."""
+    """At pi = mu every objective has the gradient of r A, but for two penalties.
+
+    That of kl has a slope there, and that of tv takes the sign of what rounding leaves of r - 1.
+    """
     weights = []
-    for objective in (DRPO(0.2), DPPO(), ClippedRatio(), Unregularized()):
+    for objective in (
+        Unregularized(),
+        DRPO(0.2),
+        DRPO(0.2, scale_by_advantage=False),
+        MaskDRPO(),
+        SPO(),
+        DPPO(),
+        TopKDPPO(4),
+        ClippedRatio(),
+        CISPO(),
+        GSPO(),
+        SAPO(),
+        DivergencePenalty("k3"),
+        Decoupled(DRPO(0.2)),
+        Decoupled(GSPO()),
+    ):
         run = make_run(module={"objective": objective, "optimizer": sgd}, data={"num_updates": 1})
         run.fit()
         weights.append(weights_of(run))
     for other in weights[1:]:
-        torch.testing.assert_close(weights[0], other, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(weights[0], other, rtol=1e-4, atol=1e-5)
 
 
 def test_the_policy_learns_what_is_rewarded(make_run, make_recorder):
@@ -163,6 +208,110 @@ def test_the_policy_learns_what_is_rewarded(make_run, make_recorder):
     ).fit()
     lengths = [-float(rollout.rewards.mean()) for rollout in recorder.rollouts]
     assert lengths[-1] < lengths[0] - 0.5
+
+
+# ---------------------------------------------------------------- what an objective asks for
+
+
+class Witness(Objective):
+    """The plain policy gradient, which keeps what it is given."""
+
+    required_inputs = frozenset({"sequence_ids", "proximal_logprobs", "topk"})
+    num_topk = 5
+
+    def __init__(self):
+        self.seen = []
+
+    def terms(self, tokens):
+        self.seen.append(tokens)
+        objective = tokens.policy_logprobs * tokens.advantages
+        return TokenTerms(objective, tokens.advantages)
+
+    def describe(self):
+        return "Witness"
+
+
+def test_an_objective_gets_what_it_asks_for_aligned_with_its_tokens(make_run, make_recorder):
+    recorder, witness = make_recorder(), Witness()
+    run = make_run(recorder, module={"objective": witness})
+    run.fit()
+    (rollout,), (batches,) = recorder.rollouts, recorder.batches
+    tokens, batch = witness.seen[0], batches[0]
+    mask = batch.completion_mask
+    assert torch.equal(tokens.completion_mask, mask)
+    # before the first update pi, pi_prox and mu are the same policy
+    for same in (tokens.proximal_logprobs, tokens.rollout_logprobs):
+        torch.testing.assert_close(tokens.policy_logprobs.detach()[mask], same[mask], rtol=0, atol=1e-4)
+    torch.testing.assert_close(tokens.topk.policy_logprobs[mask], tokens.topk.rollout_logprobs[mask], rtol=0, atol=1e-4)
+    assert tokens.topk.policy_logprobs.shape == (*mask.shape, 5)
+    assert not tokens.topk.policy_logprobs.requires_grad
+    assert 0 < tokens.topk.holds_sampled.sum() < mask.sum()
+    for i, row in enumerate(batch.sample_ids.tolist()):
+        own, completion = mask[i], rollout.completions[row]
+        assert completion.token_ids == batch.input_ids[i][own].tolist()
+        assert torch.equal(tokens.topk.rollout_logprobs[i][own], completion.topk_logprobs)
+        assert tokens.proximal_logprobs[i][own].tolist() == pytest.approx(rollout.proximal_logprobs[row])
+        held = [token in ids for token, ids in zip(completion.token_ids, completion.topk_ids.tolist(), strict=True)]
+        assert tokens.topk.holds_sampled[i][own].tolist() == held
+    rows = torch.arange(len(mask))[:, None].expand_as(mask)
+    assert torch.equal(tokens.sequence_ids[mask], rows[mask])
+
+
+def test_at_the_second_update_pi_prox_and_mu_are_still_those_of_the_rollout(make_run):
+    witness = Witness()
+    make_run(module={"objective": witness, "optimizer": sgd}).fit()
+    later = witness.seen[1]
+    mask = later.completion_mask
+    torch.testing.assert_close(later.proximal_logprobs[mask], later.rollout_logprobs[mask], rtol=0, atol=1e-4)
+    assert (later.policy_logprobs - later.proximal_logprobs)[mask].abs().max() > 1e-2
+    first = later.topk.rollout_logprobs.argmax(-1, keepdim=True)
+    moved = (later.topk.policy_logprobs - later.topk.rollout_logprobs).gather(-1, first)[..., 0]
+    assert moved[mask].abs().max() > 1e-3
+    assert (later.topk.policy_logprobs.exp().sum(-1)[mask] <= 1 + 1e-5).all()
+
+
+def test_the_module_says_what_its_objective_asks_for(model_folder):
+    for objective, num_topk, proximal in (
+        (DRPO(), 0, False),
+        (TopKDPPO(7), 7, False),
+        (Decoupled(ClippedRatio()), 0, True),
+    ):
+        module = PolicyModule(model_folder, objective=objective)
+        assert (module.num_topk, module.needs_proximal_logprobs) == (num_topk, proximal)
+
+
+@pytest.mark.parametrize("objective", [DRPO(), TopKDPPO(4)], ids=["plain", "with the top K"])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_scores_are_the_logprobs_of_the_forward_pass_whatever_the_batch_size(
+    make_run, make_recorder, objective, batch_size
+):
+    recorder = make_recorder()
+    run = make_run(recorder, module={"objective": objective, "optimizer": sgd})
+    run.fit()
+    (rollout,) = recorder.rollouts
+    scores = run.module.score(rollout, batch_size=batch_size, pad_token_id=0)
+    assert [len(row) for row in scores] == [len(completion.token_ids) for completion in rollout.completions]
+    logits_of = run.module.network.language_model
+    for row, prompt, completion in zip(scores, rollout.prompt_ids, rollout.completions, strict=True):
+        with torch.no_grad():
+            logits = logits_of(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1] / 1.5
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(row), expected, rtol=0, atol=1e-5)
+    different = torch.tensor(scores[0]) - torch.tensor(rollout.completions[0].logprobs)
+    assert different.abs().max() > 1e-3, "the weights of now, not those of the rollout"
+
+
+def test_scores_need_no_gradient_and_leave_none(make_run, make_recorder):
+    recorder = make_recorder()
+    run = make_run(recorder, trainer={"precision": "bf16-mixed"})
+    run.fit()
+    for parameter in run.module.parameters():
+        parameter.grad = None
+    needed = []
+    run.module.network.register_forward_hook(lambda module, inputs, logprobs: needed.append(logprobs.requires_grad))
+    run.module.score(recorder.rollouts[0], batch_size=4, pad_token_id=0)
+    assert needed == [False] * 4
+    assert all(parameter.grad is None for parameter in run.module.parameters())
 
 
 # ---------------------------------------------------------------- logs, optimizer, schedule
@@ -389,7 +538,7 @@ def test_samples_of_the_same_distribution_are_taken():
 
 class NoRatio(Objective):
     uses_importance_ratio = False
-    required_inputs = frozenset({"proximal_logprobs"})
+    required_inputs = frozenset({"reference_logprobs"})
 
     def terms(self, tokens):
         raise NotImplementedError
@@ -403,7 +552,7 @@ def test_an_objective_without_a_ratio_may_take_any_sampling():
 
 
 def test_an_objective_that_needs_more_is_refused_at_once(model_folder):
-    with pytest.raises(ValueError, match=r"NoRatio needs \['proximal_logprobs'\], which the caller does not provide"):
+    with pytest.raises(ValueError, match=r"NoRatio needs \['reference_logprobs'\], which the caller does not provide"):
         PolicyModule(model_folder, objective=NoRatio())
 
 

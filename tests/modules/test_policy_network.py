@@ -171,6 +171,70 @@ def test_a_batch_without_completion_tokens_has_zero_gradients(language_model):
     assert all(gradient is not None and (gradient == 0).all() for gradient in found.values())
 
 
+def other_tokens(input_ids, k=3):
+    return torch.randint(VOCABULARY, (*input_ids.shape, k), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("chunk_size", [4, 1024])
+def test_other_tokens_are_scored_in_the_place_of_each(language_model, chunk_size):
+    input_ids, attention_mask, completion_mask = padded()
+    others = other_tokens(input_ids)
+    network = PolicyNetwork(language_model, temperature=1.3, chunk_size=chunk_size)
+    logprobs = network(input_ids, attention_mask, completion_mask, others)
+    assert logprobs.shape == (*input_ids.shape, 4)
+    assert logprobs.dtype == torch.float32
+    assert (logprobs[~completion_mask] == 0).all()
+    for row, column in completion_mask.nonzero().tolist():
+        logits = language_model(input_ids[row : row + 1, :column]).logits[0, -1].float() / 1.3
+        targets = torch.cat([input_ids[row, column, None], others[row, column]])
+        torch.testing.assert_close(logprobs[row, column], logits.log_softmax(-1)[targets], rtol=1e-4, atol=1e-5)
+
+
+def test_what_else_is_scored_changes_neither_the_tokens_own_logprobs_nor_their_gradient(language_model):
+    input_ids, attention_mask, completion_mask = padded()
+    factors = torch.randn(input_ids.shape, generator=torch.Generator().manual_seed(1))
+    network = PolicyNetwork(language_model, temperature=1.3, chunk_size=5)
+    plain = network(input_ids, attention_mask, completion_mask)
+    several = network(input_ids, attention_mask, completion_mask, other_tokens(input_ids))
+    torch.testing.assert_close(several[..., 0], plain, rtol=0.0, atol=1e-5)
+    ours = gradients(language_model, (factors * several[..., 0]).sum())
+    theirs = gradients(language_model, (factors * plain).sum())
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_what_else_is_scored_has_no_gradient(language_model):
+    input_ids, attention_mask, completion_mask = padded()
+    logprobs = PolicyNetwork(language_model)(input_ids, attention_mask, completion_mask, other_tokens(input_ids))
+    assert logprobs[..., 1:][completion_mask].abs().min() > 0
+    found = gradients(language_model, logprobs[..., 1:].sum())
+    assert all((gradient == 0).all() for gradient in found.values())
+
+
+def test_a_batch_without_completion_tokens_scores_nothing_else_either(language_model):
+    input_ids, attention_mask, completion_mask = padded(((3, 0), (5, 0)))
+    logprobs = PolicyNetwork(language_model)(input_ids, attention_mask, completion_mask, other_tokens(input_ids))
+    assert logprobs.shape == (*input_ids.shape, 4)
+    assert (logprobs == 0).all()
+    assert all((gradient == 0).all() for gradient in gradients(language_model, logprobs.sum()).values())
+
+
+def test_bfloat16_weights_give_float32_logprobs(llama):
+    inputs = padded()
+    coarse = built(CONFIGS["untied"]).bfloat16()
+    plain, several = (PolicyNetwork(coarse)(*inputs, *others) for others in ((), (other_tokens(inputs[0]),)))
+    assert plain.dtype == several.dtype == torch.float32
+    torch.testing.assert_close(several[..., 0], plain, rtol=0.0, atol=1e-5)
+
+
+def test_logprobs_are_float32_where_lightning_makes_bfloat16_the_default(llama):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert PolicyNetwork(llama)(*padded()).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_trained_model_agrees_with_its_logits(model_folder):
     language_model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     network = PolicyNetwork(language_model, temperature=1.5)

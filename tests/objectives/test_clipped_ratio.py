@@ -43,7 +43,7 @@ def test_worked_by_hand(evaluate, ratio, advantage, objective, keep):
 @given(seed=st.integers(0, 100_000), clip_low=st.floats(0.05, 0.9), clip_high=st.floats(0.05, 4))
 def test_equals_a_float64_loop_over_the_formula(make_tokens, seed, clip_low, clip_high):
     tokens = make_tokens(seed)
-    output = ClippedRatio(clip_low, clip_high)(*tokens)
+    output = tokens.under(ClippedRatio(clip_low, clip_high))
     for i in tokens.completion_mask.nonzero().tolist():
         policy, rollout, advantage = (tensor[tuple(i)].item() for tensor in tokens[:3])
         ratio = math.exp(min(max(policy - rollout, -20.0), 20.0))
@@ -72,7 +72,7 @@ def test_a_range_that_no_ratio_leaves_is_unregularized(make_tokens):
     tokens = make_tokens(5)
     inside = tokens.policy_logprobs >= tokens.rollout_logprobs - 0.1
     tokens = tokens._replace(completion_mask=tokens.completion_mask & inside)
-    output, expected = ClippedRatio(0.999, 1e12)(*tokens), Unregularized()(*tokens)
+    output, expected = tokens.under(ClippedRatio(0.999, 1e12)), tokens.under(Unregularized())
     assert torch.equal(output.loss, expected.loss)
     assert torch.equal(output.grad_coefficient, expected.grad_coefficient)
     assert torch.equal(output.keep, tokens.completion_mask)

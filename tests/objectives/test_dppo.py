@@ -80,7 +80,7 @@ def test_binary_kl_worked_by_hand(evaluate, pi, mu, advantage, threshold, keep):
 )
 def test_equals_a_float64_loop_over_the_formula(make_tokens, seed, divergence, threshold):
     tokens = make_tokens(seed)
-    output = DPPO(divergence, threshold)(*tokens)
+    output = tokens.under(DPPO(divergence, threshold))
     for i in tokens.completion_mask.nonzero().tolist():
         policy, rollout, advantage = (tensor[tuple(i)].item() for tensor in tokens[:3])
         distance = reference_divergence(divergence, policy, rollout)
@@ -117,7 +117,7 @@ def test_a_token_without_advantage_is_kept(evaluate, divergence, threshold):
 )
 def test_a_threshold_that_cannot_be_reached_is_unregularized(make_tokens, divergence, threshold):
     tokens = make_tokens(5)
-    output, expected = DPPO(divergence, threshold)(*tokens), Unregularized()(*tokens)
+    output, expected = tokens.under(DPPO(divergence, threshold)), tokens.under(Unregularized())
     assert torch.equal(output.loss, expected.loss)
     assert torch.equal(output.grad_coefficient, expected.grad_coefficient)
     assert torch.equal(output.grad_weight.nan_to_num(), expected.grad_weight.nan_to_num())
@@ -127,7 +127,7 @@ def test_a_threshold_that_cannot_be_reached_is_unregularized(make_tokens, diverg
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_threshold_of_almost_nothing_masks_every_diverging_token(make_tokens, divergence):
     tokens = make_tokens(5)
-    output = DPPO(divergence, 1e-30)(*tokens)
+    output = tokens.under(DPPO(divergence, 1e-30))
     distance = DIVERGENCES[divergence](tokens.policy_logprobs, tokens.rollout_logprobs)
     diverging = (tokens.advantages * (tokens.policy_logprobs - tokens.rollout_logprobs) > 0) & (distance > 1e-30)
     assert torch.equal(output.keep, tokens.completion_mask & ~diverging)
@@ -144,7 +144,7 @@ def test_defaults_are_the_papers():
 def test_the_default_threshold_is_the_one_in_use(make_tokens):
     tokens = make_tokens(2)
     for divergence, threshold in (("binary_tv", 0.15), ("binary_kl", 0.05)):
-        default, explicit = DPPO(divergence)(*tokens), DPPO(divergence, threshold)(*tokens)
+        default, explicit = tokens.under(DPPO(divergence)), tokens.under(DPPO(divergence, threshold))
         assert torch.equal(default.loss, explicit.loss)
 
 

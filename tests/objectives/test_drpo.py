@@ -51,7 +51,7 @@ def test_worked_by_hand(evaluate, pi, mu, advantage, delta, objective, weight):
 @given(seed=st.integers(0, 100_000), delta=st.floats(0.05, 20))
 def test_equals_a_float64_loop_over_the_formula(make_tokens, seed, delta):
     tokens = make_tokens(seed)
-    output = DRPO(delta)(*tokens)
+    output = tokens.under(DRPO(delta))
     for i in tokens.completion_mask.nonzero().tolist():
         policy, rollout, advantage = (tensor[tuple(i)].item() for tensor in tokens[:3])
         objective, weight, ratio = reference(policy, rollout, advantage, delta)
@@ -66,7 +66,7 @@ def test_equals_a_float64_loop_over_the_formula(make_tokens, seed, delta):
 @pytest.mark.parametrize("delta", [0.15, 0.2, 1.0, 2.5, 12.5])
 def test_weight_stays_between_one_minus_and_one_plus_the_inverse_of_delta(make_tokens, delta):
     low, high = 1 - 1 / delta, 1 + 1 / delta
-    seen = torch.cat([DRPO(delta)(*make_tokens(seed)).grad_weight.flatten() for seed in range(20)])
+    seen = torch.cat([make_tokens(seed).under(DRPO(delta)).grad_weight.flatten() for seed in range(20)])
     seen = seen[seen.isfinite() & (seen != 0)]
     assert low - 1e-5 <= seen.min() < low + 0.2 / delta
     assert high - 0.2 / delta < seen.max() <= high + 1e-5
@@ -113,13 +113,13 @@ def test_penalty_is_spo_with_the_token_adaptive_range(evaluate):
 
 def test_penalty_is_never_a_reward(make_tokens):
     tokens = make_tokens(11)
-    assert (DRPO(0.2)(*tokens).loss >= Unregularized()(*tokens).loss).all()
+    assert (tokens.under(DRPO(0.2)).loss >= tokens.under(Unregularized()).loss).all()
 
 
 @pytest.mark.parametrize("delta", [1e12, math.inf])
 def test_delta_to_infinity_is_unregularized(make_tokens, delta):
     tokens = make_tokens(5)
-    output, expected = DRPO(delta)(*tokens), Unregularized()(*tokens)
+    output, expected = tokens.under(DRPO(delta)), tokens.under(Unregularized())
     torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(output.grad_coefficient, expected.grad_coefficient, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(output.grad_weight, expected.grad_weight, rtol=1e-5, atol=0.0, equal_nan=True)
@@ -131,8 +131,56 @@ def test_gradient_is_exact_for_a_ratio_near_zero(evaluate, log_ratio):
     assert got["grad"] == pytest.approx(got["grad_coefficient"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("pi", "mu", "advantage", "objective", "weight"),
+    [
+        # r = 2, shift = 0.25: 2 - 0.25 * 1 / 0.4, whatever A is: w = 1 - 0.25 / (0.2 A)
+        (0.5, 0.25, 1.0, 1.375, -0.25),
+        (0.5, 0.25, 10.0, 19.375, 0.875),
+        (0.5, 0.25, -0.1, -0.825, 13.5),
+        (0.25, 0.25, -3.0, -3.0, 1.0),
+    ],
+)
+def test_without_advantage_worked_by_hand(evaluate, pi, mu, advantage, objective, weight):
+    got = evaluate(DRPO(0.2, scale_by_advantage=False), math.log(pi), math.log(mu), advantage)
+    assert got["loss"] == pytest.approx(-objective, rel=1e-5)
+    assert got["grad_weight"] == pytest.approx(weight, rel=1e-5)
+    assert got["grad"] == pytest.approx(pi / mu * advantage * weight, rel=1e-5)
+
+
+@check
+@given(seed=st.integers(0, 100_000), delta=st.floats(0.05, 20))
+def test_without_advantage_equals_a_float64_loop_over_the_formula(make_tokens, seed, delta):
+    tokens = make_tokens(seed)
+    output = tokens.under(DRPO(delta, scale_by_advantage=False))
+    for i, policy, rollout, advantage in tokens.completion_tokens():
+        mu, ratio = math.exp(rollout), math.exp(min(max(policy - rollout, -20.0), 20.0))
+        objective = ratio * advantage - mu * (ratio - 1) ** 2 / (2 * delta)
+        coefficient = ratio * advantage - ratio * mu * (ratio - 1) / delta
+        tolerance = 2e-5 * ratio * (abs(advantage) + mu * abs(ratio - 1) / delta) + 1e-6 * (abs(advantage) + 1 / delta)
+        assert -output.loss[i].item() == pytest.approx(objective, abs=tolerance)
+        if abs(policy - rollout) <= 20:
+            assert output.grad_coefficient[i].item() == pytest.approx(coefficient, abs=tolerance)
+
+
+def test_without_advantage_a_token_is_pulled_back_at_no_advantage(evaluate):
+    away, back = (evaluate(DRPO(0.2, scale_by_advantage=False), pi, mu, 0.0) for pi, mu in ((-0.7, -1.4), (-1.4, -0.7)))
+    assert away["grad"] < 0 < back["grad"]
+    assert evaluate(DRPO(0.2), -0.7, -1.4, 0.0)["grad"] == 0
+
+
+@pytest.mark.parametrize("advantage", [0.25, -0.25])
+def test_without_advantage_the_maximiser_moves_with_the_advantage(evaluate, advantage):
+    # mu + delta A instead of mu + sign(A) delta
+    pi = 0.4 + 0.2 * advantage
+    for objective, weight in ((DRPO(0.2, scale_by_advantage=False), 0.0), (DRPO(0.2), 0.75)):
+        assert evaluate(objective, math.log(pi), math.log(0.4), advantage)["grad_weight"] == pytest.approx(
+            weight, abs=1e-5
+        )
+
+
 def test_it_has_no_mask(make_tokens):
-    assert DRPO()(*make_tokens(0)).keep is None
+    assert make_tokens(0).under(DRPO()).keep is None
 
 
 def test_default_is_the_papers():
@@ -143,6 +191,11 @@ def test_default_is_the_papers():
 def test_bad_delta_raises(delta):
     with pytest.raises(ValueError, match=rf"`delta` must be positive, in units of probability, got {delta}; "):
         DRPO(delta)
+
+
+def test_describe_says_that_a_penalty_without_advantage_has_no_bound():
+    assert "|pi - mu| = 0.2 |A|" in DRPO(0.2, scale_by_advantage=False).describe()
+    assert "gradient weights have no bound" in DRPO(0.2, scale_by_advantage=False).describe()
 
 
 def test_describe_names_the_regime_and_the_range_of_weights():

@@ -25,7 +25,7 @@ def test_worked_by_hand(evaluate, pi, mu, advantage, expected):
 @given(seed=st.integers(0, 100_000))
 def test_equals_a_float64_loop_over_the_formula(make_tokens, seed):
     tokens = make_tokens(seed)
-    output = Unregularized()(*tokens)
+    output = tokens.under(Unregularized())
     for i in tokens.completion_mask.nonzero().tolist():
         policy, rollout, advantage = (tensor[tuple(i)].item() for tensor in tokens[:3])
         expected = math.exp(min(max(policy - rollout, -20.0), 20.0)) * advantage

@@ -28,6 +28,11 @@ def transformers_engine():
     return start(TransformersEngine())
 
 
+@pytest.fixture(scope="session")
+def fp8_engine():
+    return start(TransformersEngine("fp8"))
+
+
 @pytest.fixture(params=["transformers", "vllm"])
 def engine(request, policy):
     """Each engine, with the weights of `policy`."""

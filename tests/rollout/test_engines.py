@@ -1,13 +1,20 @@
 """The contract that every engine keeps, on the real engines."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from drpo_lightning.batch import Sampling
+from drpo_lightning.callbacks import SyncProbe
 from drpo_lightning.errors import SettingError
 from drpo_lightning.functional import sampling_logprobs
-from drpo_lightning.rollout import TransformersEngine, VLLMEngine
-from tests.rollout.conftest import MODEL
+from drpo_lightning.rollout import EngineError, RolloutHooks, TransformersEngine, VLLMEngine
+from drpo_lightning.rollout.transformers import round_to_fp8
+from tests.rollout.conftest import MODEL, start
 
 EOS = 1
 PROMPTS = [[20, 21, 14, 22, 23, 32], [28, 14, 20, 32], [19, 14, 19, 32]]  # 12+34=, 9+1=, 0+0=
@@ -15,16 +22,22 @@ TOLERANCE = 1e-4
 """Of a logprob, in nats. Measured in float32: 5e-6 for transformers and 2e-5 for vLLM at most."""
 
 
-def generate(engine, sampling, num_samples=4, seeds=(7, 8, 9), prompts=PROMPTS):
-    return engine.generate(prompts, sampling, num_samples=num_samples, stop_token_ids=[EOS], seeds=seeds)
+def generate(engine, sampling, num_samples=4, seeds=(7, 8, 9), prompts=PROMPTS, **settings):
+    return engine.generate(prompts, sampling, num_samples=num_samples, stop_token_ids=[EOS], seeds=seeds, **settings)
 
 
 @torch.no_grad()
 def trainer_logprobs(policy, prompt, completion, sampling):
     """log mu of each token of a completion, by one forward pass over the whole sequence."""
-    logits = policy(input_ids=torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
-    logprobs = sampling_logprobs(logits, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+    logprobs = trainer_distribution(policy, prompt, completion, sampling)
     return logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+
+
+@torch.no_grad()
+def trainer_distribution(policy, prompt, completion, sampling):
+    """log mu of every token of the vocabulary at each place of a completion."""
+    logits = policy(input_ids=torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+    return sampling_logprobs(logits, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
 
 
 @pytest.mark.parametrize(
@@ -137,3 +150,155 @@ def test_closing_is_possible_at_any_time():
         engine.close()
         engine.close()
         assert not engine.is_started
+
+
+# ---------------------------------------------------------------- the most likely tokens
+
+HOT = Sampling(max_tokens=6, temperature=2.0)
+VOCABULARY = 98
+
+
+def with_topk(engine):
+    """Completions with the top 5, with the whole vocabulary, and without any."""
+    return [generate(engine, HOT, num_topk=num_topk) for num_topk in (5, -1, 0)]
+
+
+@pytest.fixture(scope="session")
+def in_process_rollouts(tmp_path_factory):
+    """Those of vLLM in the trainer's process, which is one of its own here: it keeps what vLLM leaves behind."""
+    path = tmp_path_factory.mktemp("vllm") / "rollouts.pt"
+    script = (
+        "import torch\n"
+        "from drpo_lightning.rollout import VLLMEngine\n"
+        "from tests.rollout.conftest import start\n"
+        "from tests.rollout.test_engines import with_topk\n"
+        "engine = start(VLLMEngine(process='in_process', dtype='float32', enforce_eager=True))\n"
+        f"torch.save(with_topk(engine), {str(path)!r})\n"
+        "engine.close()\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2], timeout=300)
+    return torch.load(path, weights_only=False)
+
+
+@pytest.fixture(params=["transformers", "vllm", "vllm_in_process"])
+def topk_rollouts(request, policy):
+    """What `with_topk` returns, of each engine."""
+    if request.param == "vllm_in_process":
+        return request.getfixturevalue("in_process_rollouts")
+    engine = request.getfixturevalue(f"{request.param}_engine")
+    engine.load_weights(policy.state_dict().items())
+    return with_topk(engine)
+
+
+def test_the_top_k_are_the_most_likely_tokens_in_order_with_their_logprobs(topk_rollouts, policy):
+    likely, whole, plain = topk_rollouts
+    for rollout, k in ((likely, 5), (whole, VOCABULARY)):
+        for prompt, group in zip(PROMPTS, rollout, strict=True):
+            for completion in group:
+                expected = trainer_distribution(policy, prompt, completion, HOT)
+                got = completion.topk_logprobs
+                assert completion.topk_ids.shape == got.shape == (len(completion.token_ids), k)
+                assert (completion.topk_ids.dtype, got.dtype) == (torch.int64, torch.float32)
+                torch.testing.assert_close(got, expected.topk(k).values, rtol=0, atol=TOLERANCE)
+                torch.testing.assert_close(got, expected.gather(1, completion.topk_ids), rtol=0, atol=TOLERANCE)
+                assert all(len(set(ids)) == k for ids in completion.topk_ids.tolist())
+    assert plain == likely == whole, "what is asked for changes nothing that is sampled"
+    assert (
+        {c.topk_ids for group in plain for c in group} == {c.topk_logprobs for group in plain for c in group} == {None}
+    )
+
+
+def test_the_logprobs_of_the_whole_vocabulary_sum_to_one(topk_rollouts):
+    for completion in (completion for group in topk_rollouts[1] for completion in group):
+        torch.testing.assert_close(
+            completion.topk_logprobs.exp().sum(1), torch.ones(len(completion.token_ids)), rtol=0, atol=TOLERANCE
+        )
+        sampled = torch.tensor(completion.token_ids)[:, None] == completion.topk_ids
+        torch.testing.assert_close(completion.topk_logprobs[sampled], torch.tensor(completion.logprobs))
+
+
+def test_a_sampled_token_need_not_be_among_the_top_k(topk_rollouts):
+    inside = []
+    for completion in (completion for group in topk_rollouts[0] for completion in group):
+        sampled = torch.tensor(completion.token_ids)[:, None] == completion.topk_ids
+        own, least = torch.tensor(completion.logprobs), completion.topk_logprobs[:, -1]
+        held = sampled.any(1)
+        torch.testing.assert_close(completion.topk_logprobs[sampled], own[held])
+        assert (own[~held] <= least[~held] + TOLERANCE).all()
+        inside += held.tolist()
+    assert 0 < sum(inside) < len(inside)
+
+
+# ---------------------------------------------------------------- an engine of lower precision
+
+
+def linear_weights(model):
+    return [name for name in model.state_dict() if name.endswith("_proj.weight")]
+
+
+def test_fp8_takes_the_nearest_of_the_numbers_that_eight_bits_can_tell_apart():
+    weight = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    rounded = round_to_fp8(weight)
+    scale = weight.abs().max() / 448
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()].unique() * scale
+    nearest = (weight.flatten()[:, None] - numbers).abs().min(1).values.view_as(weight)
+    torch.testing.assert_close((rounded - weight).abs(), nearest, rtol=1e-4, atol=1e-7)
+    assert len(rounded.unique()) <= 2**8
+    assert rounded.dtype == torch.float32
+    assert rounded.abs().max() == weight.abs().max()
+    torch.testing.assert_close(round_to_fp8(rounded), rounded, rtol=1e-6, atol=0.0)
+    assert torch.equal(round_to_fp8(-weight), -rounded)
+    assert torch.equal(round_to_fp8(torch.zeros(3, 3)), torch.zeros(3, 3))
+
+
+def test_fp8_rounds_the_linear_layers_but_the_head_at_the_start_and_at_every_sync(policy, perturbed):
+    engine = start(TransformersEngine("fp8"))
+    assert len(linear_weights(policy)) == 14
+    for num_syncs, source in enumerate((policy, perturbed, policy)):
+        if num_syncs:
+            engine.load_weights(source.state_dict().items())
+        own = engine._model.state_dict()
+        for name, tensor in source.state_dict().items():
+            if name in linear_weights(source):
+                assert len(own[name].unique()) <= 2**8 < len(tensor.unique())
+                assert torch.equal(own[name], round_to_fp8(tensor))
+            else:
+                assert torch.equal(own[name], tensor), name
+    assert engine.dtype_name == "fp8"
+
+
+def worst_and_mean_mismatch(engine, policy):
+    differences = torch.cat(
+        [
+            (torch.tensor(completion.logprobs) - trainer_logprobs(policy, prompt, completion, HOT)).abs()
+            for prompt, group in zip(PROMPTS, generate(engine, HOT, 32), strict=True)
+            for completion in group
+        ]
+    )
+    return differences.max().item(), differences.mean().item()
+
+
+def test_fp8_does_not_match_the_trainer_and_is_not_far_from_it(fp8_engine, transformers_engine, policy):
+    for engine in (fp8_engine, transformers_engine):
+        engine.load_weights(policy.state_dict().items())
+    (worst, mean), (exact, _) = (worst_and_mean_mismatch(e, policy) for e in (fp8_engine, transformers_engine))
+    assert exact < TOLERANCE
+    assert mean > 100 * TOLERANCE
+    assert worst < 1
+
+
+class LoudHead(Callback, RolloutHooks):
+    """Gives the engine another head than the trainer's."""
+
+    def on_engine_refresh(self, trainer, pl_module, engine):
+        engine._model.lm_head.weight.data.mul_(30)
+
+
+def test_the_probe_allows_for_an_engine_in_fp8(make_run):
+    probe = SyncProbe()
+    make_run(probe, data={"engine": TransformersEngine("fp8")}).fit()
+    with pytest.raises(EngineError, match=r"differ by .* nats on the probe \(threshold 1 for an engine in fp8\)"):
+        make_run(LoudHead(), SyncProbe(), data={"engine": TransformersEngine("fp8")}).fit()
+    with pytest.raises(EngineError, match=r"\(threshold 0.001 for an engine in fp8\)"):
+        make_run(SyncProbe(threshold=1e-3), data={"engine": TransformersEngine("fp8")}).fit()
