@@ -31,7 +31,7 @@ class FullSamples(NamedTuple):
         attention_mask: False on padding.
         completion_mask: True on sampled tokens.
         rollout_logprobs: log mu of the sampled tokens, 0 elsewhere.
-        vocabulary_ids: all tokens `[batch, seq, vocab]`, most likely under mu first.
+        vocabulary_ids: all tokens `[tokens, vocab]`, most likely under mu first, a row for each sampled token.
         vocabulary_logprobs: their log mu, in nats.
     """
 
@@ -117,7 +117,7 @@ class DivergenceProxy(Callback, RolloutHooks):
                 samples.input_ids, samples.attention_mask, samples.completion_mask, samples.vocabulary_ids
             )
         statistics = TokenStatistics(means=NAMES).to(pl_module.device)
-        statistics.update(divergences(logprobs[samples.completion_mask], samples, self.k))
+        statistics.update(divergences(logprobs, samples, self.k))
         log_metrics(trainer, pl_module, statistics.compute()[0])
 
 
@@ -131,7 +131,7 @@ def divergences(policy_logprobs: Tensor, samples: FullSamples, k: int) -> dict[s
     """
     mask = samples.completion_mask
     pi, mu = policy_logprobs[:, 0], samples.rollout_logprobs[mask]
-    ids, likely = samples.vocabulary_ids[mask], samples.vocabulary_logprobs[mask]
+    ids, likely = samples.vocabulary_ids, samples.vocabulary_logprobs
     is_sampled = ids == samples.input_ids[mask][:, None]
     values = {"proxy/binary_tv": binary_tv_divergence(pi, mu), "proxy/binary_kl": binary_kl_divergence(pi, mu)}
     for name, size in (("topk", k), ("exact", ids.shape[1])):
@@ -145,14 +145,13 @@ def _collate(prompts: list[list[int]], completions: list[Any], pad_token_id: int
     """The samples as padded tensors."""
     lengths = [len(prompt) + len(c.token_ids) for prompt, c in zip(prompts, completions, strict=True)]
     shape = (len(prompts), max(lengths))
-    vocabulary = completions[0].topk_ids.shape[1]
     samples = FullSamples(
         input_ids=torch.full(shape, pad_token_id),
         attention_mask=torch.zeros(shape, dtype=torch.bool),
         completion_mask=torch.zeros(shape, dtype=torch.bool),
         rollout_logprobs=torch.zeros(shape),
-        vocabulary_ids=torch.zeros(*shape, vocabulary, dtype=torch.long),
-        vocabulary_logprobs=torch.zeros(*shape, vocabulary),
+        vocabulary_ids=torch.cat([completion.topk_ids for completion in completions]),
+        vocabulary_logprobs=torch.cat([completion.topk_logprobs for completion in completions]),
     )
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         sampled = slice(len(prompt), lengths[i])
@@ -160,6 +159,4 @@ def _collate(prompts: list[list[int]], completions: list[Any], pad_token_id: int
         samples.attention_mask[i, : lengths[i]] = True
         samples.completion_mask[i, sampled] = True
         samples.rollout_logprobs[i, sampled] = torch.tensor(completion.logprobs)
-        samples.vocabulary_ids[i, sampled] = completion.topk_ids
-        samples.vocabulary_logprobs[i, sampled] = completion.topk_logprobs
     return samples

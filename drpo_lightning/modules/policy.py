@@ -168,20 +168,15 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Bool[Tensor, "batch seq"],
         completion_mask: Bool[Tensor, "batch seq"],
-        topk_ids: Int[Tensor, "batch seq k"] | None = None,
-    ) -> Float[Tensor, "batch seq ..."]:
+        topk_ids: Int[Tensor, "tokens k"] | None = None,
+    ) -> Float[Tensor, "..."]:
         """Log pi of completion tokens, see `PolicyNetwork.forward`."""
         assert self.network is not None, "configure_model comes first"
         return self.network(input_ids, attention_mask, completion_mask, topk_ids)  # type: ignore[no-any-return]
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> StepOutput:  # noqa: ARG002
         """Loss of one micro-batch."""
-        logprobs = self(batch.input_ids, batch.attention_mask, batch.completion_mask, batch.topk_ids)
-        policy_logprobs, topk = logprobs, None
-        if batch.topk_ids is not None and batch.topk_logprobs is not None:
-            policy_logprobs = logprobs[..., 0]
-            holds_sampled = (batch.topk_ids == batch.input_ids[..., None]).any(-1)
-            topk = TopKLogprobs(logprobs[..., 1:], batch.topk_logprobs, holds_sampled)
+        policy_logprobs, topk = self._logprobs(batch)
         rows = torch.arange(len(batch.input_ids), device=self.device)[:, None].expand_as(batch.input_ids)
         output = self.objective(
             policy_logprobs,
@@ -208,6 +203,17 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
             policy_logprobs=policy_logprobs.detach(),
             objective=output._replace(loss=output.loss.detach()),
         )
+
+    def _logprobs(self, batch: RolloutBatch) -> tuple[Float[Tensor, "batch seq"], TopKLogprobs | None]:
+        """Log pi of the sampled tokens and, if the batch has them, of mu's most likely ones."""
+        mask = batch.completion_mask
+        if batch.topk_ids is None or batch.topk_logprobs is None:
+            return self(batch.input_ids, batch.attention_mask, mask), None
+        logprobs = self(batch.input_ids, batch.attention_mask, mask, batch.topk_ids[mask])
+        sampled = torch.zeros_like(batch.rollout_logprobs).masked_scatter(mask, logprobs[:, 0])
+        likely = torch.zeros_like(batch.topk_logprobs).masked_scatter(mask[..., None], logprobs[:, 1:])
+        holds_sampled = (batch.topk_ids == batch.input_ids[..., None]).any(-1)
+        return sampled, TopKLogprobs(likely, batch.topk_logprobs, holds_sampled)
 
     def configure_gradient_clipping(
         self,

@@ -35,26 +35,27 @@ class PolicyNetwork(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Bool[Tensor, "batch seq"],
         completion_mask: Bool[Tensor, "batch seq"],
-        topk_ids: Int[Tensor, "batch seq k"] | None = None,
-    ) -> Float[Tensor, "batch seq ..."]:
+        topk_ids: Int[Tensor, "tokens k"] | None = None,
+    ) -> Float[Tensor, "..."]:
         """Log pi of each completion token, and of other tokens in its place, given what stands before it.
 
         Args:
             input_ids: token ids, padded on the right.
             attention_mask: False on padding.
             completion_mask: True on the tokens whose logprob is asked; the first of a row cannot be.
-            topk_ids: tokens that could stand in the place of each, whose logprobs are asked too, without a gradient.
+            topk_ids: tokens that could stand in the place of each of them, whose logprobs are asked too, without a
+                gradient; a row for each True of `completion_mask`, in order.
 
         Returns:
-            Logprobs in nats, float32, aligned with `input_ids`; 0 outside `completion_mask`. With `topk_ids` there are
-            1 + k of them at each place, `[batch, seq, 1 + k]`: that of the token itself comes first.
+            Logprobs in nats, float32: `[batch, seq]`, aligned with `input_ids`, 0 outside `completion_mask`. With
+            `topk_ids` `[tokens, 1 + k]`, a row for each True of `completion_mask`; the token itself comes first.
         """
         asked = completion_mask.clone()
         asked[:, 0] = False
         predicts = asked[:, 1:]
         targets = input_ids[:, 1:][predicts]
         if topk_ids is not None:
-            targets = torch.cat([targets[:, None], topk_ids[:, 1:][predicts]], 1)
+            targets = torch.cat([targets[:, None], topk_ids], 1)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
         if self._head_is_linear:
             hidden = self.language_model.base_model(**inputs).last_hidden_state[:, :-1][predicts]
@@ -71,8 +72,7 @@ class PolicyNetwork(nn.Module):
             logits = self.language_model(**inputs).logits[:, :-1][predicts]
             logprobs = target_logprobs(logits, targets, temperature=self.temperature)
         if topk_ids is not None:
-            logprobs = torch.cat([logprobs[:, :1], logprobs[:, 1:].detach()], 1)
-            asked = asked[..., None].expand(*asked.shape, targets.shape[1])
+            return torch.cat([logprobs[:, :1], logprobs[:, 1:].detach()], 1)
         return torch.zeros(asked.shape, dtype=torch.float32, device=input_ids.device).masked_scatter(asked, logprobs)
 
 

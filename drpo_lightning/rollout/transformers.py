@@ -87,6 +87,9 @@ class TransformersEngine(RolloutEngine):
         num_topk: int = 0,
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`."""
+        vocabulary = self._model.get_output_embeddings().weight.shape[0]
+        if num_topk > vocabulary:
+            raise ValueError(f"`num_topk` must be at most the vocabulary's {vocabulary} tokens, got {num_topk}")
         noise = self._uniform_noise(len(prompt_ids), num_samples, sampling.max_tokens, seeds)
         stop = torch.tensor(list(stop_token_ids), device=self._device)
         prompts_at_a_time = max(1, self.max_batch_size // num_samples)

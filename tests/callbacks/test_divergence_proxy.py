@@ -23,8 +23,8 @@ def random_samples(seed, tokens=200):
         attention_mask=everywhere,
         completion_mask=everywhere,
         rollout_logprobs=mu.gather(1, sampled).log().float().T,
-        vocabulary_ids=ids[None],
-        vocabulary_logprobs=ordered.log().float()[None],
+        vocabulary_ids=ids,
+        vocabulary_logprobs=ordered.log().float(),
     )
     asked = torch.cat([pi.gather(1, sampled), pi.gather(1, ids)], 1)
     return samples, asked.log().float(), pi, mu

@@ -180,14 +180,13 @@ def test_other_tokens_are_scored_in_the_place_of_each(language_model, chunk_size
     input_ids, attention_mask, completion_mask = padded()
     others = other_tokens(input_ids)
     network = PolicyNetwork(language_model, temperature=1.3, chunk_size=chunk_size)
-    logprobs = network(input_ids, attention_mask, completion_mask, others)
-    assert logprobs.shape == (*input_ids.shape, 4)
+    logprobs = network(input_ids, attention_mask, completion_mask, others[completion_mask])
+    assert logprobs.shape == (completion_mask.sum(), 4)
     assert logprobs.dtype == torch.float32
-    assert (logprobs[~completion_mask] == 0).all()
-    for row, column in completion_mask.nonzero().tolist():
+    for i, (row, column) in enumerate(completion_mask.nonzero().tolist()):
         logits = language_model(input_ids[row : row + 1, :column]).logits[0, -1].float() / 1.3
         targets = torch.cat([input_ids[row, column, None], others[row, column]])
-        torch.testing.assert_close(logprobs[row, column], logits.log_softmax(-1)[targets], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logprobs[i], logits.log_softmax(-1)[targets], rtol=1e-4, atol=1e-5)
 
 
 def test_what_else_is_scored_changes_neither_the_tokens_own_logprobs_nor_their_gradient(language_model):
@@ -195,9 +194,9 @@ def test_what_else_is_scored_changes_neither_the_tokens_own_logprobs_nor_their_g
     factors = torch.randn(input_ids.shape, generator=torch.Generator().manual_seed(1))
     network = PolicyNetwork(language_model, temperature=1.3, chunk_size=5)
     plain = network(input_ids, attention_mask, completion_mask)
-    several = network(input_ids, attention_mask, completion_mask, other_tokens(input_ids))
-    torch.testing.assert_close(several[..., 0], plain, rtol=0.0, atol=1e-5)
-    ours = gradients(language_model, (factors * several[..., 0]).sum())
+    several = network(input_ids, attention_mask, completion_mask, other_tokens(input_ids)[completion_mask])
+    torch.testing.assert_close(several[:, 0], plain[completion_mask], rtol=0.0, atol=1e-5)
+    ours = gradients(language_model, (factors[completion_mask] * several[:, 0]).sum())
     theirs = gradients(language_model, (factors * plain).sum())
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
@@ -205,26 +204,29 @@ def test_what_else_is_scored_changes_neither_the_tokens_own_logprobs_nor_their_g
 
 def test_what_else_is_scored_has_no_gradient(language_model):
     input_ids, attention_mask, completion_mask = padded()
-    logprobs = PolicyNetwork(language_model)(input_ids, attention_mask, completion_mask, other_tokens(input_ids))
-    assert logprobs[..., 1:][completion_mask].abs().min() > 0
-    found = gradients(language_model, logprobs[..., 1:].sum())
+    others = other_tokens(input_ids)[completion_mask]
+    logprobs = PolicyNetwork(language_model)(input_ids, attention_mask, completion_mask, others)
+    assert logprobs[:, 1:].abs().min() > 0
+    # Times 0, the token's own logprob ties the sum to the graph.
+    found = gradients(language_model, logprobs[:, 1:].sum() + 0 * logprobs[:, 0].sum())
     assert all((gradient == 0).all() for gradient in found.values())
 
 
 def test_a_batch_without_completion_tokens_scores_nothing_else_either(language_model):
     input_ids, attention_mask, completion_mask = padded(((3, 0), (5, 0)))
-    logprobs = PolicyNetwork(language_model)(input_ids, attention_mask, completion_mask, other_tokens(input_ids))
-    assert logprobs.shape == (*input_ids.shape, 4)
-    assert (logprobs == 0).all()
+    others = other_tokens(input_ids)[completion_mask]
+    logprobs = PolicyNetwork(language_model)(input_ids, attention_mask, completion_mask, others)
+    assert logprobs.shape == (0, 4)
     assert all((gradient == 0).all() for gradient in gradients(language_model, logprobs.sum()).values())
 
 
 def test_bfloat16_weights_give_float32_logprobs(llama):
     inputs = padded()
     coarse = built(CONFIGS["untied"]).bfloat16()
-    plain, several = (PolicyNetwork(coarse)(*inputs, *others) for others in ((), (other_tokens(inputs[0]),)))
+    others = other_tokens(inputs[0])[inputs[2]]
+    plain, several = PolicyNetwork(coarse)(*inputs), PolicyNetwork(coarse)(*inputs, others)
     assert plain.dtype == several.dtype == torch.float32
-    torch.testing.assert_close(several[..., 0], plain, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(several[:, 0], plain[inputs[2]], rtol=0.0, atol=1e-5)
 
 
 def test_logprobs_are_float32_where_lightning_makes_bfloat16_the_default(llama):
