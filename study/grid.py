@@ -165,10 +165,9 @@ def evaluation_runs(rates: Mapping[tuple[str, bool], float]) -> list[Run]:
         ]
 
     deltas = [f"DRPO {delta:g}" for delta in DELTAS]
-    planned = runs("main", MAIN, SETTINGS, 5) + runs("others", OTHERS, HARD_SETTINGS, 3)
-    planned += runs("delta", deltas, HARD_SETTINGS, 3)
+    planned = runs("main", MAIN, SETTINGS, 5) + runs("delta", deltas, HARD_SETTINGS, 3)
     planned += runs("fast", MAIN, HARD_SETTINGS, 3, TOO_FAST) + runs("adaptive", ADAPTIVE, HARD_SETTINGS, 3)
-    planned += runs("adaptive", ADAPTIVE, HARD_SETTINGS, 3, TOO_FAST)
+    planned += runs("adaptive", ADAPTIVE, HARD_SETTINGS, 3, TOO_FAST) + runs("others", OTHERS, HARD_SETTINGS, 3)
     return list({run.key: run for run in reversed(planned)}.values())[::-1]
 
 
