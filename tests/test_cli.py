@@ -90,7 +90,10 @@ def test_the_printed_configuration_builds_the_same(build, run, capsys, tmp_path)
     assert stop.value.code in (0, None)
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
-    assert yaml.safe_load(printed.read_text())["model"]["objective"]["init_args"] == {"delta": 0.3}
+    assert yaml.safe_load(printed.read_text())["model"]["objective"]["init_args"] == {
+        "delta": 0.3,
+        "scale_by_advantage": True,
+    }
     assert build(config=printed).model.objective == DRPO(0.3)
 
 
