@@ -128,6 +128,11 @@ class Guardrail(Callback):
         self._latest: dict[str, Tensor] = {}
         self._first_step: int | None = None
 
+    @property
+    def state_key(self) -> str:
+        """Tells several guardrails of a run apart in its checkpoints."""
+        return f"{type(self).__qualname__}({self.action}, {[rule.metric for rule in self.rules]})"
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         """Judges what was logged since the last micro-batch, by the module too: its hooks run after callbacks'."""
         self._judge(trainer, pl_module)

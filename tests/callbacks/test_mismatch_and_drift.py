@@ -326,9 +326,10 @@ def logged(folder, *arguments):
     command += ["--data.num_prompts=4", "--data.num_updates=1", "--data.val_prompts=null", "--trainer.max_epochs=1"]
     command += [f"--trainer.logger.save_dir={folder}", f"--trainer.default_root_dir={folder}"]
     command += ["--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false", "--model.objective.delta=0.001"]
-    command += [f"--trainer.callbacks+={PACKAGE}.mismatch_and_drift.MismatchAndDrift"]
+    command += ["--trainer.callbacks=null", f"--trainer.callbacks+={PACKAGE}.ExactMatchReward"]
+    command += [f"--trainer.callbacks+={PACKAGE}.MismatchAndDrift"]
     command += ["--trainer.callbacks.num_sequences=99"]
-    command += [f"--trainer.callbacks+={PACKAGE}.token_table.TokenTable", "--trainer.callbacks.every_n_rollouts=1"]
+    command += [f"--trainer.callbacks+={PACKAGE}.TokenTable", "--trainer.callbacks.every_n_rollouts=1"]
     result = subprocess.run([*command, *arguments], cwd=ROOT, check=False, timeout=400, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     (log_folder,) = (path.parent for path in folder.glob("**/events.out.*"))
