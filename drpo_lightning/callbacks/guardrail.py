@@ -130,8 +130,8 @@ class Guardrail(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells several guardrails of a run apart in its checkpoints."""
-        return f"{type(self).__qualname__}({self.action}, {[rule.metric for rule in self.rules]})"
+        """Tells a guardrail that stops from one that lowers the learning rate, in the checkpoints of a run with both."""
+        return f"{type(self).__qualname__}({self.action})"
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         """Judges what was logged since the last micro-batch, by the module too: its hooks run after callbacks'."""

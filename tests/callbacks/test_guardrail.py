@@ -335,11 +335,13 @@ def test_the_default_rules_are_those_that_the_docstring_explains():
 def test_on_two_ranks_a_configured_guardrail_stops_the_command_with_status_0(tmp_path):
     callbacks = [
         ("guardrail.Guardrail", {"rules": [{"metric": "perf/generate_seconds", "max": 0.0}], "patience": 2}),
+        ("guardrail.Guardrail", {"rules": [], "action": "lower_learning_rate"}),
         ("adaptive_delta.AdaptiveDelta", {"statistic": "corrective_fraction"}),
         ("token_export.TokenExport", {"max_rows": 500}),
         ("shift_map.ShiftMap", {"every_n_updates": 2, "max_tokens": 101}),
     ]
     command = [sys.executable, "-m", "drpo_lightning", "fit", "--config=configs/quickstart.yaml"]
+    command += ["--trainer.callbacks=null", "--trainer.callbacks+=drpo_lightning.callbacks.ExactMatchReward"]
     command += ["--data.engine=drpo_lightning.rollout.TransformersEngine", "--trainer.accelerator=cpu"]
     command += ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.num_sanity_val_steps=0"]
     command += ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]
