@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -16,6 +18,18 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of a results file, each run once."""
     lines = file.read_text().splitlines() if file.exists() else []
     return list({row["key"]: row for row in map(json.loads, lines)}.values())
+
+
+def _end_with_parent() -> None:
+    """Ends a worker whose parent is gone: it would otherwise finish its run for nobody, and wait for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None, "a worker has a parent"
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def make(
@@ -46,7 +60,10 @@ def make(
     failed = 0
     context = multiprocessing.get_context("spawn")
     per_process = 1 if fresh_processes else None
-    with ProcessPoolExecutor(workers, context, max_tasks_per_child=per_process) as pool, results.open("a") as file:
+    with (
+        ProcessPoolExecutor(workers, context, _end_with_parent, max_tasks_per_child=per_process) as pool,
+        results.open("a") as file,
+    ):
         running: set[Future[dict[str, Any]]] = set()
         while running or (missing and time.time() < deadline):
             while missing and len(running) < workers and time.time() < deadline:

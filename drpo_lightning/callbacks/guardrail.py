@@ -130,7 +130,7 @@ class Guardrail(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells a guardrail that stops from one that lowers the learning rate, in the checkpoints of a run with both."""
+        """Tells a guardrail that stops from one that lowers the learning rate, in the checkpoint of a run with both."""
         return f"{type(self).__qualname__}({self.action})"
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002

@@ -334,6 +334,7 @@ def test_the_default_rules_are_those_that_the_docstring_explains():
 
 def test_on_two_ranks_a_configured_guardrail_stops_the_command_with_status_0(tmp_path):
     callbacks = [
+        ("rollout_statistics.RolloutStatistics", {}),
         ("guardrail.Guardrail", {"rules": [{"metric": "perf/generate_seconds", "max": 0.0}], "patience": 2}),
         ("guardrail.Guardrail", {"rules": [], "action": "lower_learning_rate"}),
         ("adaptive_delta.AdaptiveDelta", {"statistic": "corrective_fraction"}),
