@@ -15,6 +15,9 @@ from drpo_lightning.metrics import LogprobComparison
 from drpo_lightning.rollout.hooks import RolloutHooks
 from drpo_lightning.rollout.policy import RolloutPolicy
 
+ONE_IN = 32
+"""Of how many completions one is scored by default."""
+
 
 class MismatchAndDrift(Callback, RolloutHooks):
     """Splits the shift between pi and mu into the engines' mismatch and the policy's drift.
@@ -31,16 +34,17 @@ class MismatchAndDrift(Callback, RolloutHooks):
     of, and logged after, every update; drift is then that before the update, 0 in the first of a rollout.
 
     Args:
-        num_sequences: completions of each rank that are scored; 0 leaves drift out. Two forward passes of n completions
-            cost about 2 n / (3 N) of the updates on the N completions of a rank's rollout.
+        num_sequences: completions of each rank that are scored; 0 leaves drift out. By default one in 32, at least
+            one. Two forward passes of n completions cost about 2 n / (3 N) of the updates on the N completions of a
+            rank's rollout, 2 % by default.
         every_n_updates: scores also after every n-th optimizer step; by default after a rollout's last one only.
 
     Raises:
         ValueError: if a setting is out of range.
     """
 
-    def __init__(self, num_sequences: int = 4, every_n_updates: int | None = None) -> None:
-        if num_sequences < 0:
+    def __init__(self, num_sequences: int | None = None, every_n_updates: int | None = None) -> None:
+        if num_sequences is not None and num_sequences < 0:
             raise ValueError(f"`num_sequences` must be 0 (no drift) or positive, got {num_sequences}")
         if every_n_updates is not None and every_n_updates < 1:
             raise ValueError(f"`every_n_updates` must be at least 1, got {every_n_updates}")
@@ -64,7 +68,8 @@ class MismatchAndDrift(Callback, RolloutHooks):
 
     def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
         """Scores a few completions with the weights that sampled them."""
-        number = 0 if rollout.proximal_logprobs is not None else min(self.num_sequences, len(rollout))
+        asked = max(1, len(rollout) // ONE_IN) if self.num_sequences is None else self.num_sequences
+        number = 0 if rollout.proximal_logprobs is not None else min(asked, len(rollout))
         self._rows = [i * len(rollout) // number for i in range(number)]
         if self._rows:
             self._proximal_logprobs = score(trainer, pl_module, rollout, self._rows)
