@@ -302,6 +302,19 @@ def test_part_of_a_rollout_has_the_completions_asked_for(make_rollout):
     assert len(part) == 2
 
 
+@pytest.mark.parametrize(("num_prompts", "scored"), [(4, 1), (8, 1), (24, 3)])
+def test_by_default_one_completion_in_32_is_scored(make_run, num_prompts, scored):
+    numbers = []
+
+    class Rows(Callback, RolloutHooks):
+        def on_rollout_end(self, trainer, pl_module, rollout):
+            numbers.append(len(callback._rows))
+
+    callback = MismatchAndDrift()
+    make_run(callback, Rows(), data={"num_prompts": num_prompts}).fit()
+    assert numbers == [scored]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
