@@ -30,7 +30,7 @@ LAYOUT: Layout = {
         "largest importance ratio": r"importance_ratio/max",
         "tokens beyond the clamp of the log-ratio": r"log_ratio/beyond_clamp_fraction",
         "radius delta": r"adaptive/delta",
-        "what delta is adapted to": r"adaptive/(abs_shift_p\d+|corrective_fraction)",
+        "what delta is adapted to": r"adaptive/(abs_shift_p[\d.]+|corrective_fraction)",
         "guardrail triggered": r"guardrail/triggered",
     },
     "Divergence of pi from mu": {

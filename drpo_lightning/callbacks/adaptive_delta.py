@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from drpo_lightning.batch import RolloutBatch
@@ -121,6 +122,10 @@ class AdaptiveDelta(Callback):
         if self._resumed_delta is not None:
             set_delta(module, self._resumed_delta)
         self._delta = module.objective.delta  # type: ignore[attr-defined]
+        if trainer.num_training_batches <= int(trainer.accumulate_grad_batches):
+            rank_zero_warn(
+                "`AdaptiveDelta` never moves delta: `trainer.limit_train_batches` leaves one update a rollout"
+            )
 
     def on_train_batch_end(
         self,

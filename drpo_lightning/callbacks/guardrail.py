@@ -74,10 +74,10 @@ class Guardrail(Callback):
     validation, since the policy may be spoilt. (Not the gradient norm in `16-mixed`: there the loss scaler leaves such
     updates out and goes on.)
 
-    A rule is judged whenever its value is logged anew: before the next micro-batch, which is still trained, or at the
-    end of the rollout. When it is violated `patience` times in succession, a warning says so, TensorBoard gets it as
-    the text `guardrail` and the scalar `guardrail/triggered` (1), the state is kept as `guardrail-step=N.ckpt` in the
-    run's log folder, and then
+    A rule is judged whenever its value is logged anew in training: before the next micro-batch, which is still
+    trained, or at the end of the rollout. When it is violated `patience` times in succession, a warning says so,
+    TensorBoard gets it as the text `guardrail` and the scalar `guardrail/triggered` (1), the state is kept as
+    `guardrail-step=N.ckpt` in the run's log folder, and then
 
     - `stop` ends the training as after its last rollout, with a validation, even if `trainer.min_epochs` or
       `trainer.min_steps` asks for more. The command exits with status 0, and its last line is
@@ -94,8 +94,8 @@ class Guardrail(Callback):
 
     Raises:
         ValueError: if a setting is out of range.
-        SettingError: after the first rollout, if the metric of a rule in `rules` has not been logged by then. A name
-            that starts with `val/` is not checked: there may be no validation yet.
+        SettingError: after the first rollout, if the metric of a rule in `rules` has not been logged once by then. A
+            name that starts with `val/` is not checked: there may be no validation yet.
     """
 
     def __init__(
@@ -133,6 +133,10 @@ class Guardrail(Callback):
         """Tells a guardrail that stops from one that lowers the learning rate, in the checkpoint of a run with both."""
         return f"{type(self).__qualname__}({self.action})"
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Forgets an earlier fit, but not the violations that a checkpoint has counted."""
+        self.stopped, self._first_step, self._latest = None, None, {}
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         """Judges what was logged since the last micro-batch, by the module too: its hooks run after callbacks'."""
         self._judge(trainer, pl_module)
@@ -149,7 +153,8 @@ class Guardrail(Callback):
         if missing and trainer.global_step - self._first_step >= log_interval(trainer):
             raise SettingError(
                 f"`Guardrail` has a rule of {missing[0]!r}, which was not logged in the first rollout; list the "
-                f"callback that logs it, or correct the name. There are {sorted(trainer.callback_metrics)}"
+                "callback that logs it, let it log at least once a rollout (`every_n_updates`), or correct the name. "
+                f"There are {sorted(trainer.callback_metrics)}"
             )
 
     def _judge(self, trainer: Trainer, pl_module: LightningModule, *, is_epoch_end: bool = False) -> None:
@@ -219,7 +224,7 @@ class Guardrail(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Says last why the run has stopped."""
-        if self.stopped and trainer.is_global_zero:
+        if stage == "fit" and self.stopped and trainer.is_global_zero:
             print(f"Stopped by Guardrail {self.stopped}", flush=True)  # noqa: T201
 
     def state_dict(self) -> dict[str, Any]:

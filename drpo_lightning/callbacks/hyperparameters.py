@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -139,7 +139,8 @@ def experiment(objective: Objective) -> api_pb2.Experiment:
     columns: dict[str, Any] = dict.fromkeys(NUMBERS, float) | dict.fromkeys(TEXTS, str)
     for kind in (*subclasses(Objective), type(objective)):
         if is_dataclass(kind):
-            columns |= {f"objective.{field.name}": field.type for field in fields(kind)}
+            hints = get_type_hints(kind)
+            columns |= {f"objective.{field.name}": hints[field.name] for field in fields(kind)}
     settings = [
         # TensorBoard shows those of which it is said that they differ.
         api_pb2.HParamInfo(name=name, type=column_type(kind), differs=name in SHOWN)

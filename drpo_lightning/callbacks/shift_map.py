@@ -10,10 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from drpo_lightning.batch import RolloutBatch
+from drpo_lightning.callbacks.mask_statistics import WEIGHT_TOLERANCE
 from drpo_lightning.callbacks.tensorboard import tensorboard_writers
 from drpo_lightning.errors import SettingError
 from drpo_lightning.modules import PolicyModule
-from drpo_lightning.objectives import Objective
+from drpo_lightning.objectives import Objective, Unregularized
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 SMALLEST_PROBABILITY = 1e-6
 """Lower end of the logarithmic axes; what is below is drawn on the edge."""
-WEIGHT_TOLERANCE = 1e-3
-"""How far a gradient weight must be from 1 to count as attenuated or amplified, as in `MaskStatistics`."""
 GRID_SIZE = 500
 """Points per axis on which a boundary is sought."""
 MIN_REACH, MAX_REACH = 0.05, 4.0
@@ -83,6 +82,7 @@ class ShiftMap(Callback):
         self.max_tokens = max_tokens
         self._parts: list[Tensor] = []
         self._update = 0
+        self._objective: Objective = Unregularized()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Checks that matplotlib is there."""
@@ -90,7 +90,9 @@ class ShiftMap(Callback):
             raise SettingError("`ShiftMap` draws with matplotlib: pip install 'drpo-lightning[figures]'")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
-        """Notes which update the micro-batch belongs to."""
+        """Notes the update, and its objective: a callback may change that before the picture is drawn."""
+        assert isinstance(pl_module, PolicyModule)
+        self._objective = pl_module.objective
         if self._update != trainer.global_step + 1:
             self._parts = []
         self._update = trainer.global_step + 1
@@ -98,7 +100,7 @@ class ShiftMap(Callback):
     def on_train_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: LightningModule,  # noqa: ARG002
         outputs: Any,  # noqa: ANN401 - Lightning's signature; a StepOutput
         batch: RolloutBatch,
         batch_idx: int,  # noqa: ARG002
@@ -109,9 +111,9 @@ class ShiftMap(Callback):
         columns = (batch.rollout_logprobs, outputs["policy_logprobs"], outputs["objective"].grad_weight)
         self._parts.append(torch.stack([column[batch.completion_mask].float() for column in columns]))
         if trainer.global_step == self._update:
-            self._draw(trainer, pl_module, batch.num_update_tokens)
+            self._draw(trainer, batch.num_update_tokens)
 
-    def _draw(self, trainer: Trainer, pl_module: LightningModule, num_tokens: int) -> None:
+    def _draw(self, trainer: Trainer, num_tokens: int) -> None:
         """Gathers the tokens of all ranks and writes the figure on rank 0. Collective."""
         quota = max(self.max_tokens // trainer.world_size, 1)
         mine = random_tokens(torch.cat(self._parts, 1), quota, self._update)
@@ -119,16 +121,15 @@ class ShiftMap(Callback):
         padded = torch.nn.functional.pad(mine, (0, quota - mine.shape[1]), value=torch.nan)
         gathered: Tensor = trainer.strategy.all_gather(padded)
         mu, pi, weight = gathered.reshape(-1, 3, quota).transpose(0, 1).reshape(3, -1).cpu()
-        drawn = ~mu.isnan()
+        drawn = ~(mu + pi).isnan()
         if not drawn.any():
             return
-        assert isinstance(pl_module, PolicyModule)
         for writer in tensorboard_writers(trainer):
             figure = figure_of(
                 mu[drawn],
                 pi[drawn],
                 weight[drawn],
-                pl_module.objective,
+                self._objective,
                 title=f"Update {self._update}: {int(drawn.sum()):,} of {num_tokens:,} tokens",
             )
             writer.add_image("shift_map", image_of(figure), self._update, dataformats="HWC")

@@ -39,9 +39,10 @@ COLUMNS = {
 class TokenExport(Callback):
     """Writes the completion tokens that were trained on as Parquet, a file per rollout and rank.
 
-    `rollout_000012.rank0.parquet` appears when its rollout has been trained on, whole or not at all. One line reads
-    all of them: `pandas.read_parquet(folder)` or `polars.read_parquet("folder/*.parquet")`. A token is a row, once
-    per update that it was trained in:
+    `rollout_000012.rank0.parquet` appears, in one piece, when its rollout has been trained on. A run that is stopped
+    in the middle of a rollout writes what it has trained on, and the run that takes it up the rest, as
+    `rollout_000012.rank0.from_update51.parquet`. One line reads all of them: `pandas.read_parquet(folder)` or
+    `polars.read_parquet("folder/*.parquet")`. A token is a row, once per update that it was trained in:
 
     | column | type | meaning |
     |---|---|---|
@@ -82,6 +83,7 @@ class TokenExport(Callback):
         self.max_rows = max_rows
         self._default_folder = Path()
         self._chosen: Tensor | None = None
+        self._part = ""
         self._parts: list[dict[str, Tensor]] = []
         self._update = 0
 
@@ -112,13 +114,17 @@ class TokenExport(Callback):
         if self._chosen is None:
             seed = trainer.current_epoch * trainer.world_size + trainer.global_rank
             self._chosen = chosen_samples(data.rollout, self.max_rows, seed)
+        updates_since_sync = batch_idx // int(trainer.accumulate_grad_batches)
+        if not self._parts:
+            # A run resumed in the middle of a rollout leaves the file of the run before it as it is.
+            self._part = f".from_update{self._update}" if updates_since_sync else ""
         rows = token_rows(batch, outputs, data.rollout, self._chosen)
         constants = {
             "rollout": trainer.current_epoch,
             "update": self._update,
             "rank": trainer.global_rank,
             "staleness": int(getattr(data, "staleness", 0)),
-            "updates_since_sync": batch_idx // int(trainer.accumulate_grad_batches),
+            "updates_since_sync": updates_since_sync,
         }
         rows |= {name: torch.full_like(rows["token_id"], value) for name, value in constants.items()}
         self._parts.append(rows)
@@ -131,7 +137,9 @@ class TokenExport(Callback):
         self._parts = []
         table = token_table(rows, trainer.datamodule.encoder.tokenizer)  # type: ignore[attr-defined]
         folder = Path(self.folder).expanduser() if self.folder else self._default_folder
-        write_parquet(table, folder / f"rollout_{trainer.current_epoch:06d}.rank{trainer.global_rank}.parquet")
+        write_parquet(
+            table, folder / f"rollout_{trainer.current_epoch:06d}.rank{trainer.global_rank}{self._part}.parquet"
+        )
 
 
 def chosen_samples(rollout: Rollout, max_rows: int, seed: int) -> Tensor:

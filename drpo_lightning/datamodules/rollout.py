@@ -110,6 +110,7 @@ class RolloutDataModule(LightningDataModule):
         self.phase_seconds: dict[str, float] = {}
         """What the last rollout took, in seconds: `sync`, `generate` and `reward`."""
         self._position = 0
+        self._served: RolloutBatch | None = None
         self._order: tuple[int, list[int]] = (-1, [])
         self._resumed = False
         self._rows: list[dict[str, Any]] = []
@@ -402,6 +403,10 @@ class RolloutDataModule(LightningDataModule):
             for i, rows in enumerate(chunks)
         ]
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401, ARG002
+        """The micro-batch as it was made: under `bf16-true` Lightning has cast it by now, and log mu must not round."""
+        return self._served if isinstance(batch, RolloutBatch) else batch
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:  # noqa: ANN401
         """Moves tensors; scored validation completions are read on the host."""
         if isinstance(batch, ValidationBatch):
@@ -467,7 +472,8 @@ class RolloutLoader:
         batches = data.micro_batches(data.rollout, data._num_trained_batches)
         while data._position < len(batches):
             data._position += 1  # before the batch is given away: what stands after the last `yield` never runs
-            yield batches[data._position - 1]
+            data._served = batches[data._position - 1]
+            yield data._served
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the state is the data module's, which Lightning restores at the end of an epoch too."""

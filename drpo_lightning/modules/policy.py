@@ -1,5 +1,6 @@
 """The LightningModule: owns the policy, its objective and its optimizer."""
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,12 +235,13 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
         self._logged_step = self.trainer.global_step
         loss = self.trainer.strategy.reduce(torch.as_tensor(self._update_loss, device=self.device), reduce_op="sum")
         self._update_loss = 0.0
-        if self._logged_step % log_interval(self.trainer) == 0:
-            metrics = {
-                "optim/loss": float(loss),
-                "optim/grad_norm": self._grad_norm,
-                "optim/learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
-            }
+        metrics = {
+            "optim/loss": float(loss),
+            "optim/grad_norm": self._grad_norm,
+            "optim/learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        is_finite = all(map(math.isfinite, metrics.values()))  # if not, it is logged out of turn
+        if self._logged_step % log_interval(self.trainer) == 0 or not is_finite:
             log_metrics(self.trainer, self, metrics)
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:  # noqa: ARG002

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from drpo_lightning.functional.divergences import binary_kl_divergence, binary_tv_divergence
@@ -42,11 +42,31 @@ def dppo(
 
     Source: Qi et al., *Rethinking the Trust Region in LLM RL*, arXiv 2602.04879.
     """
-    ratio = importance_ratio(policy_logprobs, rollout_logprobs)
     with torch.no_grad():
         outside = DIVERGENCES[divergence](policy_logprobs, rollout_logprobs) > threshold
-        diverging = advantages * probability_shift(policy_logprobs, rollout_logprobs) > 0
-        keep = ~(outside & diverging)
+    return masked_objective(policy_logprobs, rollout_logprobs, advantages, outside)
+
+
+def masked_objective(
+    policy_logprobs: Float[Tensor, "*tokens"],
+    rollout_logprobs: Float[Tensor, "*tokens"],
+    advantages: Float[Tensor, "*tokens"],
+    outside: Bool[Tensor, "*tokens"],
+) -> TokenTerms:
+    """`M r A`, M = 0 on tokens outside a region that have moved in the direction of their advantage.
+
+    Args:
+        policy_logprobs: log pi in nats.
+        rollout_logprobs: log mu in nats.
+        advantages: A, in units of reward.
+        outside: True where the divergence is beyond the region's radius.
+
+    Returns:
+        Objective, its derivative, and M as `keep`.
+    """
+    ratio = importance_ratio(policy_logprobs, rollout_logprobs)
+    with torch.no_grad():
+        keep = ~(outside & (advantages * probability_shift(policy_logprobs, rollout_logprobs) > 0))
     objective = keep * ratio * advantages
     return TokenTerms(objective, objective.detach(), keep)
 

@@ -38,7 +38,7 @@ def sapo(
     Source: SAPO, arXiv 2511.20347.
     """
     ratio = importance_ratio(policy_logprobs, rollout_logprobs)
-    tau = torch.where(advantages > 0, temperature_positive, temperature_negative)
+    tau = torch.full_like(advantages, temperature_negative).masked_fill(advantages > 0, temperature_positive)
     gate = torch.sigmoid(tau * (ratio - 1))
     weight = 4 * gate.detach() * (1 - gate.detach())
     return TokenTerms(4 / tau * gate * advantages, weight * ratio.detach() * advantages)

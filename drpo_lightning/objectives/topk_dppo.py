@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from drpo_lightning.functional.divergences import TopKLogprobs, topk_kl_divergence, topk_tv_divergence
-from drpo_lightning.functional.ratios import importance_ratio, probability_shift
 from drpo_lightning.objectives.base import Objective, TokenInputs, TokenTerms
+from drpo_lightning.objectives.dppo import masked_objective
 
 DIVERGENCES = {"tv": topk_tv_divergence, "kl": topk_kl_divergence}
 DEFAULT_THRESHOLDS = {"tv": 0.15, "kl": 0.05}
@@ -42,13 +42,9 @@ def topk_dppo(
 
     Source: Qi et al., *Rethinking the Trust Region in LLM RL*, arXiv 2602.04879.
     """
-    ratio = importance_ratio(policy_logprobs, rollout_logprobs)
     with torch.no_grad():
         outside = DIVERGENCES[divergence](policy_logprobs, rollout_logprobs, topk) > threshold
-        diverging = advantages * probability_shift(policy_logprobs, rollout_logprobs) > 0
-        keep = ~(outside & diverging)
-    objective = keep * ratio * advantages
-    return TokenTerms(objective, objective.detach(), keep)
+    return masked_objective(policy_logprobs, rollout_logprobs, advantages, outside)
 
 
 @final

@@ -52,7 +52,7 @@ def read_runs(folders: Iterable[str]) -> list[Run]:
     """All runs in or below some folders.
 
     Raises:
-        SettingError: if a folder does not exist or has no events, or a file in it cannot be read.
+        SettingError: if a folder does not exist or has no events, or its settings cannot be read.
     """
     paths = list(dict.fromkeys(path for folder in folders for path in run_folders(folder)))
     return [read_run(path, name) for path, name in zip(paths, names(paths), strict=True)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from drpo_lightning.batch import Completion, Sampling
+from drpo_lightning.errors import SettingError
 from drpo_lightning.functional.logprobs import sampling_logprobs
 from drpo_lightning.rollout.engine import RolloutEngine, SleepMode
 
@@ -89,7 +90,9 @@ class TransformersEngine(RolloutEngine):
         """See `RolloutEngine.generate`."""
         vocabulary = self._model.get_output_embeddings().weight.shape[0]
         if num_topk > vocabulary:
-            raise ValueError(f"`num_topk` must be at most the vocabulary's {vocabulary} tokens, got {num_topk}")
+            raise SettingError(
+                f"`model.objective.k` must be at most the vocabulary's {vocabulary} tokens, got {num_topk}"
+            )
         noise = self._uniform_noise(len(prompt_ids), num_samples, sampling.max_tokens, seeds)
         stop = torch.tensor(list(stop_token_ids), device=self._device)
         prompts_at_a_time = max(1, self.max_batch_size // num_samples)

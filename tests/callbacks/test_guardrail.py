@@ -107,6 +107,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_whatever_the_action(make_run, t
     assert "Stopped by Guardrail after 3 updates: optim/loss is nan; optim/grad_norm is nan" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings(TRIGGERED)
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_gradient_that_is_nan_between_two_log_entries_stops_the_run_too(make_run, capsys, batch):
+    class Breaks(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step + 1 == batch:
+                next(pl_module.parameters()).grad.fill_(math.nan)
+
+    make_run(Breaks(), Guardrail(), trainer={"log_every_n_steps": 50, "max_epochs": 3}).fit()
+    assert f"Stopped by Guardrail after {batch} updates: optim/grad_norm is nan" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings(TRIGGERED)
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+def test_a_guardrail_guards_a_second_fit_too(make_run, capsys):
+    guardrail = Guardrail(rules=[Rule("optim/loss", max=-1e9)], checkpoint=False)
+    for _ in range(2):
+        make_run(guardrail, trainer={"max_epochs": 5}).fit()
+        assert "Stopped by Guardrail after " in capsys.readouterr().out
+    make_run(guardrail, trainer={"max_epochs": 0}).fit()
+    assert "Stopped" not in capsys.readouterr().out
+
+
 def test_a_sound_run_is_left_alone(make_run, make_memory):
     logger = make_memory()
     run = make_run(Guardrail(), RolloutStatistics(), trainer={"logger": logger, "max_epochs": 3})

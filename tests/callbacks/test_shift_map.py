@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.collections import PathCollection
 from matplotlib.colors import to_rgb
@@ -13,7 +14,7 @@ from matplotlib.contour import ContourSet
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from drpo_lightning.callbacks import shift_map
+from drpo_lightning.callbacks import Guardrail, shift_map
 from drpo_lightning.callbacks.shift_map import (
     CLASSES,
     ShiftMap,
@@ -239,6 +240,37 @@ def test_what_is_drawn_are_the_completion_tokens_of_the_update(
     assert max_tokens == 10 or found == every
     assert objective == DRPO(0.2)
     assert title == f"Update 2: {len(points)} of {num_tokens} tokens"
+
+
+def test_the_boundary_is_that_of_the_objective_of_the_update(make_run, make_recorder, tmp_path, monkeypatch):
+    drawn, objectives = [], []
+    real = shift_map.figure_of
+    monkeypatch.setattr(
+        shift_map,
+        "figure_of",
+        lambda mu, pi, w, objective, **kw: drawn.append(objective) or real(mu, pi, w, objective, **kw),
+    )
+
+    class Changes(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            objectives.append(pl_module.objective)
+            pl_module.objective = DRPO(pl_module.objective.delta / 2)
+
+    trainer = {"logger": TensorBoardLogger(tmp_path)}
+    make_run(Changes(), ShiftMap(every_n_updates=1), trainer=trainer, module={"objective": DRPO(0.4)}).fit()
+    assert drawn == objectives == [DRPO(0.4), DRPO(0.2)]
+
+
+@pytest.mark.filterwarnings("ignore:Guardrail after")
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+def test_a_policy_that_is_nan_is_not_drawn(make_run, tmp_path):
+    class Breaks(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx:
+                next(pl_module.parameters()).data.fill_(float("nan"))
+
+    trainer = {"logger": TensorBoardLogger(tmp_path), "num_sanity_val_steps": 0}
+    make_run(Breaks(), ShiftMap(every_n_updates=1), Guardrail(rules=[]), trainer=trainer).fit()
 
 
 def test_without_matplotlib_the_run_is_refused_with_the_way_out(make_run, make_recorder, monkeypatch):

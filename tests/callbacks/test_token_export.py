@@ -188,7 +188,8 @@ def test_a_resumed_run_writes_the_same_files_from_the_next_rollout_on(make_run, 
     ):
         make_run(TokenExport(str(tmp_path / folder)), recorder, trainer={"max_epochs": 3}).fit(ckpt_path=ckpt_path)
     whole, resumed = rows(tmp_path / "whole"), rows(tmp_path / "resumed")
-    assert files(tmp_path / "resumed") == ["rollout_000001.rank0.parquet", "rollout_000002.rank0.parquet"]
+    names = ["rollout_000001.rank0.from_update4.parquet", "rollout_000002.rank0.parquet"]
+    assert files(tmp_path / "resumed") == names
     assert resumed == [row for row in whole if row["update"] > 3]
 
 

@@ -583,6 +583,18 @@ def test_a_run_in_bfloat16_with_small_steps_warns(make_run):
         run.fit()
 
 
+@pytest.mark.parametrize("objective", [TopKDPPO(5), SAPO(), DRPO(0.2)], ids=lambda objective: type(objective).__name__)
+def test_in_bfloat16_the_engines_logprobs_are_not_rounded(make_run, make_recorder, objective):
+    recorder = make_recorder()
+    settings = {"objective": objective}
+    make_run(recorder, trainer={"precision": "bf16-true"}, module=settings).fit()
+    for batch in recorder.batches[0]:
+        assert {batch.rollout_logprobs.dtype, batch.advantages.dtype} == {torch.float32}
+        for i, sample in enumerate(batch.sample_ids.tolist()):
+            logprobs = recorder.rollouts[0].completions[sample].logprobs
+            assert torch.equal(batch.rollout_logprobs[i][batch.completion_mask[i]], torch.tensor(logprobs))
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_float32_parameters_take_small_steps_without_a_warning(make_run, precision):
     run = make_run(trainer={"precision": precision}, module={"optimizer": small_steps})
