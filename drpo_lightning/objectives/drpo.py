@@ -58,8 +58,8 @@ class DRPO(Objective):
         delta: trust-region radius in units of probability. The paper's experiments use 12.5, the default. Since
             |pi - mu| <= 1, a delta >= 1 cannot be reached: w stays in [1 - 1/delta, 1 + 1/delta] and never corrects
             (reweighting regime). 0.15 to 0.2 gives the region of DPPO, with corrective tokens beyond it (trust-region
-            regime). In this project's study (docs/study.md) 0.2 learned faster than 12.5 wherever the engine
-            matched the trainer, and failed where fp8 weights alone shifted tokens by as much as delta.
+            regime). In this project's study (docs/study.md) 0.2 learned a little faster than 12.5 on a small model,
+            and not at all on a language model whose fp8 engine alone shifted some tokens by as much as delta.
         scale_by_advantage: False leaves |A| out of the penalty; the paper finds that unstable.
 
     Raises:
