@@ -166,8 +166,8 @@ def evaluation_runs(rates: Mapping[tuple[str, bool], float]) -> list[Run]:
 
     deltas = [f"DRPO {delta:g}" for delta in DELTAS]
     planned = runs("main", MAIN, SETTINGS, 5) + runs("delta", deltas, HARD_SETTINGS, 3)
-    planned += runs("fast", MAIN, HARD_SETTINGS, 3, TOO_FAST) + runs("adaptive", ADAPTIVE, HARD_SETTINGS, 3)
-    planned += runs("adaptive", ADAPTIVE, HARD_SETTINGS, 3, TOO_FAST) + runs("others", OTHERS, HARD_SETTINGS, 3)
+    planned += runs("others", OTHERS, HARD_SETTINGS, 3) + runs("adaptive", ADAPTIVE, HARD_SETTINGS, 3)
+    planned += runs("fast", MAIN, HARD_SETTINGS, 3, TOO_FAST) + runs("adaptive", ADAPTIVE, HARD_SETTINGS, 3, TOO_FAST)
     return list({run.key: run for run in reversed(planned)}.values())[::-1]
 
 
