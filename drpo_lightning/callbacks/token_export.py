@@ -63,8 +63,6 @@ class TokenExport(Callback):
     | `staleness` | int | weight syncs between the sampling weights and the newest synced ones |
     | `updates_since_sync` | int | optimizer steps on this rollout before the update |
 
-    A run that is resumed in the middle of a rollout writes those of its tokens that it has trained on itself.
-
     Args:
         folder: where to; by default `tokens` in the run's log folder.
         every_n_rollouts: exports every n-th rollout, the first included.
@@ -123,7 +121,7 @@ class TokenExport(Callback):
             "rollout": trainer.current_epoch,
             "update": self._update,
             "rank": trainer.global_rank,
-            "staleness": int(getattr(data, "staleness", 0)),
+            "staleness": data.staleness,
             "updates_since_sync": updates_since_sync,
         }
         rows |= {name: torch.full_like(rows["token_id"], value) for name, value in constants.items()}

@@ -107,6 +107,8 @@ class RolloutDataModule(LightningDataModule):
         """Rollouts made so far."""
         self.rollout: Rollout | None = None
         """The rollout in use, of this rank."""
+        self.staleness = 0
+        """Weight syncs between the weights that sampled the rollout and the newest synced ones: none comes between."""
         self.phase_seconds: dict[str, float] = {}
         """What the last rollout took, in seconds: `sync`, `generate` and `reward`."""
         self._position = 0
