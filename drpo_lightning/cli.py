@@ -1,6 +1,7 @@
 """`drpo fit` and `drpo validate`: Lightning's command line over our module and data module."""
 
 import sys
+import warnings
 from typing import Any
 
 from jsonargparse import set_parsing_settings
@@ -44,7 +45,9 @@ class DRPOCommandLine(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            self.parser.error(str(error))
+            needs_gpu = "requires a GPU accelerator" in str(error)
+            hint = " Or take `ddp` or ModelParallelStrategy, which run on a CPU." if needs_gpu else ""
+            self.parser.error(str(error) + hint)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
         """Adds the progress bar, unless the configuration has one or wants none."""
@@ -54,7 +57,15 @@ class DRPOCommandLine(LightningCLI):
             isinstance(callback, ProgressBar) for callback in callbacks
         ):
             trainer_config["callbacks"] = [*callbacks, RolloutProgress()]
-        return super().instantiate_trainer(**kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU")  # an error below
+            trainer = super().instantiate_trainer(**kwargs)
+        if trainer_config.get("precision") in ("16-mixed", "16", 16) and trainer.strategy.root_device.type == "cpu":
+            raise SettingError(
+                "`trainer.precision` 16-mixed needs a CUDA GPU: on a CPU Lightning would take bf16-mixed instead; set "
+                "that, or 32-true"
+            )
+        return trainer
 
     def after_validate(self) -> None:
         """Prints the figures."""

@@ -16,6 +16,7 @@ from drpo_lightning.objectives import DPPO, DRPO
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 ON_CPU = ("--trainer.accelerator=cpu",)
+FSDP2 = "{class_path: ModelParallelStrategy}"
 TRANSFORMERS = "--data.engine=drpo_lightning.rollout.TransformersEngine"
 
 
@@ -120,6 +121,12 @@ def test_a_progress_bar_is_there_unless_it_is_not_wanted(build):
         (["--model.model=configs"], r"'configs' has no config\.json"),
         (["--model.aggregation=mean"], r"model\.aggregation"),
         (["--model.aggregation=seq_mean_token_sum_norm"], r"`model\.horizon` must be positive"),
+        (["--trainer.precision=16-mixed"], r"16-mixed needs a CUDA GPU.*set that, or 32-true"),
+        (["--trainer.strategy=fsdp"], r"requires a GPU accelerator.*Or take `ddp` or ModelParallelStrategy"),
+        (
+            [f"--trainer.strategy={FSDP2}", "--trainer.precision=16-mixed"],
+            r"does not support .*16-mixed.*Choose a different precision among",
+        ),
         (["--trainer.callbacks+=my_rewards.Missing"], r"my_rewards\.Missing"),
         (
             ["--trainer.callbacks+=FunctionReward", "--trainer.callbacks.function=my_rewards.missing"],
@@ -146,6 +153,7 @@ def test_a_bad_setting_is_refused_before_anything_is_loaded(run, capsys, argumen
         (["--trainer.accumulate_grad_batches=3"], r"`trainer\.accumulate_grad_batches` 3 = 12 micro-batches"),
         (["--data.sampling.max_tokens=600"], r"more than the context of 512"),
         (["--data.prompt_format=chat"], r"has no chat template; set `data\.prompt_format: raw`"),
+        (["--trainer.precision=64-true"], r"`trainer\.precision` 64-true is not supported; take one of 32-true"),
         (["--trainer.callbacks=null"], r"`trainer\.callbacks` has no reward"),
         (["--data.prompts=FilePrompts", "--data.prompts.path=nowhere.jsonl"], r"'nowhere\.jsonl' does not exist"),
     ],

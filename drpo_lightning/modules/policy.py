@@ -3,25 +3,34 @@
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import torch
 from jaxtyping import Bool, Float, Int
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from drpo_lightning.batch import Rollout, RolloutBatch, Sampling, ValidationBatch
+from drpo_lightning.batch import Rollout, RolloutBatch, ValidationBatch
 from drpo_lightning.errors import SettingError
 from drpo_lightning.functional.aggregation import aggregate_loss
 from drpo_lightning.functional.divergences import TopKLogprobs
 from drpo_lightning.logs import log_interval, log_metrics
 from drpo_lightning.metrics import ValidationStatistics
-from drpo_lightning.modules.policy_network import PolicyNetwork
+from drpo_lightning.modules.checks import (
+    check_mesh,
+    check_model_folder,
+    check_precision,
+    check_sampling,
+    check_strategy,
+    fraction_rounded_away,
+    parameter_dtype,
+)
+from drpo_lightning.modules.language_model import empty_language_model, load_language_model, prepare_for_training
+from drpo_lightning.modules.policy_network import PolicyNetwork, head_is_linear
+from drpo_lightning.modules.sharding import clip_gradient, fill, full_tensors, is_sharded, local, shard
 from drpo_lightning.objectives import DRPO, Objective, ObjectiveOutput
 from drpo_lightning.rollout.policy import RolloutPolicy
 from drpo_lightning.rollout.weights import WeightSource
@@ -61,6 +70,7 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
         horizon: tokens that `seq_mean_token_sum_norm` divides by; the paper takes 8192.
         temperature: temperature of the policy, that of the sampling. The command line takes it from there.
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
+        compile_layers: compiles the model's layers by `torch.compile`; the first steps take long. Needs a C++ compiler.
         logprob_chunk_size: tokens whose logits exist at a time.
         pass_threshold: reward from which on a validation sample counts as passed.
         trust_remote_code: whether code that comes with the model may run.
@@ -79,6 +89,7 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
         horizon: int | None = None,
         temperature: float = 1.0,
         gradient_checkpointing: bool = False,
+        compile_layers: bool = False,
         logprob_chunk_size: int = 1024,
         pass_threshold: float = 1.0,
         trust_remote_code: bool = False,
@@ -100,6 +111,7 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
         self.horizon = horizon
         self.temperature = temperature
         self.gradient_checkpointing = gradient_checkpointing
+        self.compile_layers = compile_layers
         self.logprob_chunk_size = logprob_chunk_size
         self.trust_remote_code = trust_remote_code
         self.validation_statistics = ValidationStatistics(pass_threshold)
@@ -111,6 +123,7 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
     def setup(self, stage: str) -> None:
         """Checks that the policy is trained on the distribution that is sampled from."""
         check_strategy(self.trainer.strategy)
+        check_precision(self.trainer.precision)
         if self.temperature == 0:
             raise SettingError(
                 "`data.sampling.temperature` must be positive, got 0: greedy samples teach nothing. To validate with "
@@ -126,23 +139,32 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
         """Loads the policy, in float32 whatever the checkpoint holds: small updates round away in bfloat16."""
         if self.network is not None:
             return
-        from transformers import AutoModelForCausalLM
-
-        language_model = AutoModelForCausalLM.from_pretrained(
-            self.model_name, dtype=torch.float32, trust_remote_code=self.trust_remote_code
-        )
-        # `eval` switches dropout off, under which pi would differ from mu by noise; checkpointing needs `train`.
-        language_model.train(self.gradient_checkpointing)
-        if self.gradient_checkpointing:
-            for layer in language_model.modules():
-                if isinstance(layer, torch.nn.Dropout):
-                    layer.p = 0.0
-            language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        network = PolicyNetwork(language_model, temperature=self.temperature, chunk_size=self.logprob_chunk_size)
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+        strategy = self.trainer.strategy
+        dtype = parameter_dtype(self.trainer.precision)
+        if not is_sharded(strategy):
+            self.network = self._make_network(self._load(load_language_model, dtype))
+            return
+        if isinstance(strategy, ModelParallelStrategy):
             check_mesh(self.device_mesh, self.trainer.world_size)
-            shard(network, self.device_mesh["data_parallel"])  # type: ignore[index]
-        self.network = network
+        source = self._load(load_language_model, "auto") if self.trainer.is_global_zero else None
+        is_linear = strategy.broadcast(head_is_linear(source) if source is not None else None)
+        empty = self._load(empty_language_model, dtype)
+        self.network = shard(self._make_network(empty, is_head_linear=is_linear), strategy)
+        fill(self.network, None if source is None else source.state_dict())
+
+    def _load(self, load: Any, dtype: torch.dtype | str) -> Any:  # noqa: ANN401
+        return load(self.model_name, dtype=dtype, trust_remote_code=self.trust_remote_code)
+
+    def _make_network(self, language_model: Any, *, is_head_linear: bool | None = None) -> PolicyNetwork:  # noqa: ANN401
+        prepare_for_training(
+            language_model, gradient_checkpointing=self.gradient_checkpointing, compile=self.compile_layers
+        )
+        return PolicyNetwork(
+            language_model,
+            temperature=self.temperature,
+            chunk_size=self.logprob_chunk_size,
+            is_head_linear=is_head_linear,
+        )
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """The optimizer, and its schedule by optimizer steps."""
@@ -223,10 +245,11 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips, and keeps the norm of the gradient before clipping."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        assert self.network is not None, "configure_model comes first"
+        is_by_norm = gradient_clip_val is not None and gradient_clip_algorithm in (None, "norm")
+        self._grad_norm = clip_gradient(self.network, gradient_clip_val or math.inf if is_by_norm else math.inf)
+        if not is_by_norm:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         """Logs the optimizer update that has just been completed, if one has."""
@@ -281,102 +304,24 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
 
     def weight_shapes(self) -> dict[str, torch.Size]:
         """See `WeightSource`."""
-        return {name: tensor.shape for name, tensor in self._language_model.state_dict().items()}
+        assert self.network is not None, "configure_model comes first"
+        return dict(self.network.tensor_shapes)
 
     def weights_are_finite(self) -> bool:
         """See `WeightSource`."""
-        finite = torch.stack([_local(p).isfinite().all() for p in self._language_model.parameters()]).all()
+        finite = torch.stack([local(parameter).isfinite().all() for parameter in self.parameters()]).all()
         return bool(self.trainer.strategy.reduce(finite.float(), reduce_op="sum") == self.trainer.world_size)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `WeightSource`; sharded tensors are gathered one at a time."""
-        for name, tensor in self._language_model.state_dict().items():
-            yield name, (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
-
-    @property
-    def _language_model(self) -> Any:  # noqa: ANN401
+        """See `WeightSource`; sharded tensors are gathered one at a time, by layers under FSDP1."""
         assert self.network is not None, "configure_model comes first"
-        return self.network.language_model
+        return full_tensors(self.network)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes which model the weights belong to, for `drpo export`."""
         checkpoint["policy"] = {"model": self.model_name}
 
-
-def shard(network: PolicyNetwork, mesh: DeviceMesh) -> None:
-    """Shards a network over the ranks by FSDP2, layer by layer."""
-    from torch.distributed.fsdp import fully_shard
-
-    layers = set(network.language_model._no_split_modules or ())
-    for module in [m for m in network.modules() if type(m).__name__ in layers]:
-        fully_shard(module, mesh=mesh)
-    fully_shard(network, mesh=mesh)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """This rank's shard of a parameter."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
-
-
-def check_model_folder(model: str) -> None:
-    """Raises `ValueError` if `model` is a folder without a model in it, or looks like a path and is none."""
-    path = Path(model)
-    if not path.is_dir():
-        if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-            raise ValueError(f"`model` {model!r} is no folder; a name on the Hugging Face hub is written `owner/name`")
-        return
-    if not (path / "config.json").is_file():
-        raise ValueError(f"`model` {model!r} has no config.json: it is no folder of a transformers model")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-        raise ValueError(f"`model` {model!r} has no weights: no *.safetensors or pytorch_model*.bin in it")
-
-
-def check_strategy(strategy: Strategy) -> None:
-    """Raises `SettingError` for a strategy or a device that the policy cannot be trained with."""
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
-        raise SettingError(
-            f"`trainer.strategy` {type(strategy).__name__} is not supported; take `ddp`, or "
-            "lightning.pytorch.strategies.ModelParallelStrategy, which shards the policy by FSDP2"
-        )
-    if strategy.root_device.type == "mps":
-        raise SettingError(
-            "`trainer.accelerator` mps is not supported, since it has no float64; set `trainer.accelerator: cpu`"
-        )
-
-
-def check_mesh(mesh: Any, world_size: int) -> None:  # noqa: ANN401
-    """Raises `SettingError` unless all ranks share the data: by default Lightning makes them tensor-parallel."""
-    size = mesh["data_parallel"].size()
-    if size != world_size:
-        raise SettingError(
-            f"`trainer.strategy` shares the data among {size} of {world_size} ranks, and the others would train on "
-            f"their own; set its init_args to data_parallel_size: {world_size}, tensor_parallel_size: 1"
-        )
-
-
-def check_sampling(sampling: Sampling, objective: Objective, temperature: float) -> None:
-    """Checks that mu, the distribution that is sampled from, is one that pi can be compared with.
-
-    Raises:
-        SettingError: if not, naming the setting.
-    """
-    if sampling.temperature != temperature:
-        raise SettingError(
-            f"`model.temperature` {temperature} must equal `data.sampling.temperature` {sampling.temperature}: "
-            "pi is compared with the distribution that was sampled from"
-        )
-    if objective.uses_importance_ratio and not sampling.is_full_distribution:
-        raise SettingError(
-            f"`data.sampling` top_p={sampling.top_p}, top_k={sampling.top_k} renormalises mu to a part of the "
-            f"vocabulary, and {type(objective).__name__} divides by it; set top_p: 1.0 and top_k: 0"
-        )
-
-
-@torch.no_grad()
-def fraction_rounded_away(parameters: list[Tensor], step: float) -> float:
-    """Share of bfloat16 parameters that do not change when `step` is added; 0 without such parameters."""
-    coarse = [_local(p).flatten()[:10_000] for p in parameters if p.dtype == torch.bfloat16]
-    if not coarse:
-        return 0.0
-    values = torch.cat(coarse)
-    return (values + step == values).float().mean().item()
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lets the data module put Lightning's progress to where its rollout goes on."""
+        if (align_progress := getattr(self.trainer.datamodule, "align_progress", None)) is not None:  # type: ignore[attr-defined]
+            align_progress(checkpoint)

@@ -1,5 +1,6 @@
 """A causal language model seen as a policy: tokens in, logprobs of those tokens out."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,14 +22,40 @@ class PolicyNetwork(nn.Module):
         language_model: any `AutoModelForCausalLM`.
         temperature: sampling temperature that the logits are divided by.
         chunk_size: tokens whose logits exist at a time.
+        is_head_linear: what `head_is_linear` says of the model; by default it is asked, which takes a
+            model that has its weights.
+
+    Attributes:
+        tensor_shapes: name and whole shape of every tensor of the language model's state dict.
     """
 
-    def __init__(self, language_model: Any, *, temperature: float = 1.0, chunk_size: int = 1024) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        language_model: Any,  # noqa: ANN401
+        *,
+        temperature: float = 1.0,
+        chunk_size: int = 1024,
+        is_head_linear: bool | None = None,
+    ) -> None:
         super().__init__()
         self.language_model = language_model
         self.temperature = temperature
         self.chunk_size = chunk_size
-        self._head_is_linear = _head_is_linear(language_model)
+        self.is_head_linear = head_is_linear(language_model) if is_head_linear is None else is_head_linear
+        self.tensor_shapes = {name: tensor.shape for name, tensor in language_model.state_dict().items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PolicyNetwork":
+        """Follows the module to another device or precision; buffers keep their precision.
+
+        Lightning's `bf16-true` converts them too, and the frequencies of rotary embeddings round away.
+        """
+        before = [
+            (module, name, buffer) for module in self.modules() for name, buffer in module.named_buffers(recurse=False)
+        ]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module, name, buffer in before:
+            setattr(module, name, buffer.to(getattr(module, name).device))
+        return self
 
     def forward(
         self,
@@ -57,7 +84,7 @@ class PolicyNetwork(nn.Module):
         if topk_ids is not None:
             targets = torch.cat([targets[:, None], topk_ids], 1)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
-        if self._head_is_linear:
+        if self.is_head_linear:
             hidden = self.language_model.base_model(**inputs).last_hidden_state[:, :-1][predicts]
             head = self.language_model.get_output_embeddings()
             logprobs = linear_token_logprobs(
@@ -77,7 +104,7 @@ class PolicyNetwork(nn.Module):
 
 
 @torch.no_grad()
-def _head_is_linear(language_model: Any) -> bool:  # noqa: ANN401
+def head_is_linear(language_model: Any) -> bool:  # noqa: ANN401
     """True if the model's logits are its last hidden states times the head: no soft cap, no scaling.
 
     Tried on a few tokens rather than read from the configuration, whose names for it differ by architecture. The

@@ -6,12 +6,11 @@ import shutil
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 
 from drpo_lightning.batch import Sampling
 from drpo_lightning.datamodules import ArithmeticPrompts, RolloutDataModule
 from drpo_lightning.modules import PolicyModule
-from drpo_lightning.modules.policy import check_model_folder, check_sampling, check_strategy, fraction_rounded_away
+from drpo_lightning.modules.checks import check_sampling
 from drpo_lightning.objectives import (
     CISPO,
     DPPO,
@@ -460,20 +459,6 @@ def test_a_checkpoint_names_its_model(make_run, make_recorder, model_folder, tmp
 # ---------------------------------------------------------------- settings that cannot work
 
 
-def test_a_folder_without_a_model_is_named(model_folder, tmp_path):
-    folder = tmp_path / "model"
-    with pytest.raises(ValueError, match=rf"`model` '{folder}' is no folder; a name on the Hugging Face hub"):
-        check_model_folder(str(folder))
-    folder.mkdir()
-    with pytest.raises(ValueError, match=rf"'{folder}' has no config\.json: it is no folder of a transformers model"):
-        check_model_folder(str(folder))
-    shutil.copy(f"{model_folder}/config.json", folder)
-    with pytest.raises(ValueError, match=rf"'{folder}' has no weights: no \*\.safetensors or pytorch_model\*\.bin"):
-        check_model_folder(str(folder))
-    shutil.copy(f"{model_folder}/model.safetensors", folder)
-    check_model_folder(str(folder))
-
-
 @pytest.mark.parametrize("model", ["./nowhere", "../nowhere", "~/nowhere", "a/b/c", "/nowhere"])
 def test_what_looks_like_a_path_and_is_none_is_refused(model):
     with pytest.raises(ValueError, match="is no folder"):
@@ -524,18 +509,6 @@ def test_a_greedy_policy_is_refused_in_training_and_validation(make_run, stage):
         getattr(run.trainer, stage)(run.module, run.data)
 
 
-def test_a_strategy_without_support_is_refused():
-    check_strategy(SingleDeviceStrategy())
-    with pytest.raises(ValueError, match=r"`trainer\.strategy` FSDPStrategy is not supported; take `ddp`"):
-        check_strategy(FSDPStrategy())
-    with pytest.raises(ValueError, match=r"mps is not supported.*set `trainer.accelerator: cpu`"):
-        check_strategy(SingleDeviceStrategy(device="mps"))
-
-
-def test_samples_of_the_same_distribution_are_taken():
-    check_sampling(Sampling(temperature=0.7), DRPO(), 0.7)
-
-
 class NoRatio(Objective):
     uses_importance_ratio = False
     required_inputs = frozenset({"reference_logprobs"})
@@ -547,30 +520,12 @@ class NoRatio(Objective):
         return "NoRatio"
 
 
-def test_an_objective_without_a_ratio_may_take_any_sampling():
-    check_sampling(Sampling(top_p=0.5, top_k=3), NoRatio(), 1.0)
-
-
 def test_an_objective_that_needs_more_is_refused_at_once(model_folder):
     with pytest.raises(ValueError, match=r"NoRatio needs \['reference_logprobs'\], which the caller does not provide"):
         PolicyModule(model_folder, objective=NoRatio())
 
 
 # ---------------------------------------------------------------- precision
-
-
-def test_a_step_is_lost_on_parameters_that_are_too_coarse():
-    parameters = [torch.tensor([1.0, 1e-3, 0.0, -2.0], dtype=torch.bfloat16)]
-    assert fraction_rounded_away(parameters, 1e-3) == 0.5
-    assert fraction_rounded_away(parameters, 1e-7) == 0.75
-    assert fraction_rounded_away(parameters, 1.0) == 0.0
-
-
-def test_float32_parameters_are_not_counted():
-    assert fraction_rounded_away([torch.ones(4)], 1e-9) == 0.0
-    mixed = [torch.ones(4), torch.ones(4, dtype=torch.bfloat16)]
-    assert fraction_rounded_away(mixed, 1e-6) == 1.0
-    assert fraction_rounded_away([], 1e-6) == 0.0
 
 
 def small_steps(parameters):

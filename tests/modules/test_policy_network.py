@@ -140,7 +140,7 @@ def test_a_linear_head_never_sees_all_tokens_at_once(llama, monkeypatch):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_soft_cap_is_noticed_and_a_linear_head_is_too(name):
-    assert PolicyNetwork(built(CONFIGS[name]))._head_is_linear == (name != "softcapped")
+    assert PolicyNetwork(built(CONFIGS[name])).is_head_linear == (name != "softcapped")
 
 
 def test_a_soft_cap_is_noticed_in_an_untrained_model_too():
@@ -240,7 +240,7 @@ def test_logprobs_are_float32_where_lightning_makes_bfloat16_the_default(llama):
 def test_the_trained_model_agrees_with_its_logits(model_folder):
     language_model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     network = PolicyNetwork(language_model, temperature=1.5)
-    assert network._head_is_linear
+    assert network.is_head_linear
     input_ids, attention_mask, completion_mask = padded()
     expected = naive_logprobs(language_model, input_ids, completion_mask, 1.5)
     found = network(input_ids, attention_mask, completion_mask)

@@ -1,0 +1,104 @@
+"""What a policy cannot be trained with is refused before anything is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch import Tensor
+
+from drpo_lightning.batch import Sampling
+from drpo_lightning.errors import SettingError
+from drpo_lightning.modules.sharding import local
+from drpo_lightning.objectives import Objective
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
+
+
+def check_model_folder(model: str) -> None:
+    """Raises `ValueError` if `model` is a folder without a model in it, or looks like a path and is none."""
+    path = Path(model)
+    if not path.is_dir():
+        if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+            raise ValueError(f"`model` {model!r} is no folder; a name on the Hugging Face hub is written `owner/name`")
+        return
+    if not (path / "config.json").is_file():
+        raise ValueError(f"`model` {model!r} has no config.json: it is no folder of a transformers model")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+        raise ValueError(f"`model` {model!r} has no weights: no *.safetensors or pytorch_model*.bin in it")
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Raises `SettingError` for a strategy or a device that the policy cannot be trained with."""
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy | ModelParallelStrategy):
+        raise SettingError(
+            f"`trainer.strategy` {type(strategy).__name__} is not supported; take `ddp`, or "
+            "lightning.pytorch.strategies.ModelParallelStrategy, which shards the policy by FSDP2, or `fsdp`"
+        )
+    if isinstance(strategy, FSDPStrategy) and not strategy.kwargs.get("use_orig_params"):
+        raise SettingError(
+            "`trainer.strategy` FSDPStrategy with `use_orig_params: false` is not supported: parameters without a name "
+            "cannot be given to the engine; leave the setting out"
+        )
+    if strategy.root_device.type == "mps":
+        raise SettingError(
+            "`trainer.accelerator` mps is not supported, since it has no float64; set `trainer.accelerator: cpu`"
+        )
+
+
+def check_precision(precision: str) -> None:
+    """Raises `SettingError` for a precision of the trainer that the objective's statistics would suffer from."""
+    if precision not in PRECISIONS:
+        raise SettingError(
+            f"`trainer.precision` {precision} is not supported; take one of {', '.join(PRECISIONS)}: bf16-mixed where "
+            "memory or speed matters, and 32-true elsewhere"
+        )
+
+
+def parameter_dtype(precision: str) -> torch.dtype:
+    """Precision that parameters are kept in: float32 but for `bf16-true`, since small updates round away below."""
+    return torch.bfloat16 if precision == "bf16-true" else torch.float32
+
+
+def check_mesh(mesh: Any, world_size: int) -> None:  # noqa: ANN401
+    """Raises `SettingError` unless all ranks share the data: by default Lightning makes them tensor-parallel."""
+    size = mesh["data_parallel"].size()
+    if size != world_size:
+        raise SettingError(
+            f"`trainer.strategy` shares the data among {size} of {world_size} ranks, and the others would train on "
+            f"their own; set its init_args to data_parallel_size: {world_size}, tensor_parallel_size: 1"
+        )
+
+
+def check_sampling(sampling: Sampling, objective: Objective, temperature: float) -> None:
+    """Checks that mu, the distribution that is sampled from, is one that pi can be compared with.
+
+    Raises:
+        SettingError: if not, naming the setting.
+    """
+    if sampling.temperature != temperature:
+        raise SettingError(
+            f"`model.temperature` {temperature} must equal `data.sampling.temperature` {sampling.temperature}: "
+            "pi is compared with the distribution that was sampled from"
+        )
+    if objective.uses_importance_ratio and not sampling.is_full_distribution:
+        raise SettingError(
+            f"`data.sampling` top_p={sampling.top_p}, top_k={sampling.top_k} renormalises mu to a part of the "
+            f"vocabulary, and {type(objective).__name__} divides by it; set top_p: 1.0 and top_k: 0"
+        )
+
+
+@torch.no_grad()
+def fraction_rounded_away(parameters: list[Tensor], step: float) -> float:
+    """Share of bfloat16 parameters that do not change when `step` is added; 0 without such parameters."""
+    coarse = [local(p).flatten()[:10_000] for p in parameters if p.dtype == torch.bfloat16]
+    if not coarse:
+        return 0.0
+    values = torch.cat(coarse)
+    return (values + step == values).float().mean().item()
