@@ -93,6 +93,10 @@ class Rollout:
         prompt_numbers: row of the data set that each prompt is, once per sample.
         proximal_logprobs: log pi_prox of each sampled token, in nats, under the trainer's weights of the rollout, one
             list per sample; None if no objective asks for it.
+        reference_logprobs: log pi_ref of each sampled token, in nats, under the frozen reference model, one list per
+            sample; None without a reference.
+        reference_penalties: what the divergence from the reference takes off each reward, one value per sample, in
+            units of reward; None if it takes nothing. `rewards` is without it.
     """
 
     prompts: list[str]
@@ -105,6 +109,8 @@ class Rollout:
     reward_parts: dict[str, Float[Tensor, " samples"]] = field(default_factory=dict)
     prompt_numbers: list[int] = field(default_factory=list)
     proximal_logprobs: list[list[float]] | None = None
+    reference_logprobs: list[list[float]] | None = None
+    reference_penalties: Float[Tensor, " samples"] | None = None
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -118,6 +124,11 @@ class Rollout:
     def group_rewards(self) -> Float[Tensor, "groups samples"]:
         """Rewards, a row per prompt."""
         return self.rewards.view(-1, self.group_size)
+
+    @property
+    def penalized_rewards(self) -> Float[Tensor, " samples"]:
+        """What advantages are taken of: the rewards less what the divergence from the reference takes off."""
+        return self.rewards if self.reference_penalties is None else self.rewards - self.reference_penalties
 
 
 @dataclass
@@ -139,6 +150,7 @@ class RolloutBatch:
         proximal_logprobs: log pi_prox in nats, 0 outside the completions; None if no objective asks for it.
         topk_ids: the K most likely tokens under mu, 0 outside the completions; None if no objective asks for them.
         topk_logprobs: log mu of those, in nats, 0 outside the completions.
+        reference_logprobs: log pi_ref in nats, 0 outside the completions; None without a reference.
 
     Raises:
         ValueError: if shapes differ: a `[batch]` advantage would silently broadcast along `seq` when batch = seq.
@@ -155,14 +167,17 @@ class RolloutBatch:
     proximal_logprobs: Float[Tensor, "batch seq"] | None = None
     topk_ids: Int[Tensor, "batch seq k"] | None = None
     topk_logprobs: Float[Tensor, "batch seq k"] | None = None
+    reference_logprobs: Float[Tensor, "batch seq"] | None = None
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
         if len(shape) != 2:
             raise ValueError(f"`input_ids` must be [batch, seq], got {list(shape)}")
-        for name in ("attention_mask", "completion_mask", "rollout_logprobs", "advantages"):
-            if (other := getattr(self, name).shape) != shape:
-                raise ValueError(f"`{name}` must have the shape of `input_ids` {list(shape)}, got {list(other)}")
+        required = ("attention_mask", "completion_mask", "rollout_logprobs", "advantages")
+        for name in (*required, "proximal_logprobs", "reference_logprobs"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"`{name}` must have the shape of `input_ids` {list(shape)}, got {list(tensor.shape)}")
 
     @staticmethod
     def collate(
@@ -196,8 +211,13 @@ class RolloutBatch:
             num_update_sequences=num_update_sequences,
             sample_ids=torch.tensor(rows),
         )
-        if rollout.proximal_logprobs is not None:
-            batch.proximal_logprobs = torch.zeros(shape)
+        recomputed = {
+            name: logprobs
+            for name in ("proximal_logprobs", "reference_logprobs")
+            if (logprobs := getattr(rollout, name)) is not None
+        }
+        for name in recomputed:
+            setattr(batch, name, torch.zeros(shape))
         if (topk := rollout.completions[rows[0]].topk_ids) is not None:
             batch.topk_ids = torch.zeros(*shape, topk.shape[1], dtype=torch.long)
             batch.topk_logprobs = torch.zeros(*shape, topk.shape[1])
@@ -208,8 +228,8 @@ class RolloutBatch:
             batch.completion_mask[i, completion] = True
             batch.rollout_logprobs[i, completion] = torch.tensor(rollout.completions[row].logprobs)
             batch.advantages[i, completion] = advantages[row]
-            if rollout.proximal_logprobs is not None and batch.proximal_logprobs is not None:
-                batch.proximal_logprobs[i, completion] = torch.tensor(rollout.proximal_logprobs[row])
+            for name, logprobs in recomputed.items():
+                getattr(batch, name)[i, completion] = torch.tensor(logprobs[row])
             sampled = rollout.completions[row]
             if sampled.topk_ids is not None and sampled.topk_logprobs is not None:
                 assert batch.topk_ids is not None and batch.topk_logprobs is not None  # noqa: PT018
@@ -218,12 +238,14 @@ class RolloutBatch:
         return batch
 
 
-@dataclass
 class ValidationBatch:
     """Scored completions of the validation prompts: `num_samples` of each prompt.
+
+    Not a dataclass: Lightning's precisions look into those for tensors, and stop at the frozen ones inside.
 
     Args:
         rollout: the completions and rewards, grouped by prompt.
     """
 
-    rollout: Rollout
+    def __init__(self, rollout: Rollout) -> None:
+        self.rollout = rollout

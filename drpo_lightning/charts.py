@@ -45,6 +45,13 @@ LAYOUT: Layout = {
         "TV of the sampled token, the top k, all tokens": r"proxy/(binary|topk|exact)_tv",
         "KL of the sampled token, the top k, all tokens, in nats": r"proxy/(binary|topk|exact)_kl",
     },
+    "Divergence from the reference": {
+        "KL(pi || reference) in nats, k1 and k3": r"reference/k[13]_kl",
+        "mean |log pi - log reference| in nats": r"reference/log_ratio_abs_mean",
+        "largest |log pi - log reference| in nats": r"reference/log_ratio_abs_max",
+        "tokens beyond the clamp": r"reference/beyond_clamp_fraction",
+        "penalty in the loss": r"optim/reference_penalty",
+    },
     "Mismatch and drift": {
         "probe: mean |log pi - log mu| in nats": r"sync/probe_logprob_diff",
         "KL in nats, k3": rf"{COMPARED}/k3_kl",

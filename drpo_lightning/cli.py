@@ -67,12 +67,6 @@ class DRPOCommandLine(LightningCLI):
             )
         return trainer
 
-    def after_validate(self) -> None:
-        """Prints the figures."""
-        if self.trainer.is_global_zero:
-            for name, value in sorted(self.trainer.callback_metrics.items()):
-                print(f"{name:36} {float(value):.4g}")  # noqa: T201
-
     def _parse_ckpt_path(self) -> None:
         """Lets the configuration win over hyperparameters that a checkpoint may hold."""
 

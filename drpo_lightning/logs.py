@@ -1,5 +1,6 @@
 """One way to log: every scalar stands at the number of optimizer steps completed."""
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -8,8 +9,8 @@ if TYPE_CHECKING:
 
 
 def log_interval(trainer: "Trainer") -> int:
-    """Optimizer steps from one log entry to the next: `trainer.log_every_n_steps`."""
-    return max(1, int(trainer.log_every_n_steps))  # type: ignore[attr-defined]
+    """Optimizer steps from one log entry to the next: `trainer.log_every_n_steps`; with 0, more than any run has."""
+    return int(trainer.log_every_n_steps) or sys.maxsize  # type: ignore[attr-defined]
 
 
 def log_metrics(
@@ -18,7 +19,8 @@ def log_metrics(
     """Logs values that are the same on every rank, at the optimizer steps completed so far.
 
     `LightningModule.log` puts epoch ends one step lower and says nothing during the validation before the first
-    update. The values are also Lightning's callback metrics, for `ModelCheckpoint`, `EarlyStopping` and the like.
+    update. The values are also Lightning's callback metrics, for `ModelCheckpoint`, `EarlyStopping` and the like, and
+    what `trainer.validate` prints and returns: there Lightning logs them itself.
 
     Args:
         trainer: the trainer; its loggers are written to, on rank 0.
@@ -27,6 +29,9 @@ def log_metrics(
         is_epoch_end: True in a hook at the end of an epoch, where Lightning wants the ranks averaged all the same.
     """
     values = {name: float(value) for name, value in metrics.items()}
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=trainer.global_step)
-    pl_module.log_dict(values, logger=False, batch_size=1, sync_dist=is_epoch_end and trainer.world_size > 1)
+    is_validation_alone = trainer.state.fn == "validate"
+    if not is_validation_alone:
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+    by_lightning = None if is_validation_alone else False
+    pl_module.log_dict(values, logger=by_lightning, batch_size=1, sync_dist=is_epoch_end)

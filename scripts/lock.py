@@ -40,7 +40,7 @@ def main() -> None:
     """Resolves everything in an empty environment and writes down what came."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    own = project["dependencies"] + extras["figures"] + extras["dev"]
+    own = project["dependencies"] + extras["lora"] + extras["figures"] + extras["dev"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         required = [TORCH, *own, *requirements_of_vllm(folder)]

@@ -44,14 +44,14 @@ def main() -> None:
     print("Setting up .venv; the first time this takes some minutes", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
     if has_cuda_gpu():
-        pip("-e", ".[vllm,figures,dev]")
+        pip("-e", ".[vllm,lora,figures,dev]")
     elif (platform.system(), platform.machine()) == ("Linux", "x86_64"):
         pip("torch==2.13.0")
         pip("--no-deps", "-r", str(LOCK))
         pip("--no-deps", "-e", ".")
         subprocess.run([str(PYTHON), "-c", "import vllm"], check=True, cwd="/")
     else:
-        pip("-e", ".[figures,dev]")
+        pip("-e", ".[lora,figures,dev]")
         print("vLLM has no package for this machine: rollouts run on the transformers engine", flush=True)
     MARK.write_text(wanted)
 

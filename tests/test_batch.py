@@ -49,7 +49,7 @@ def collate(rows, of=rollout):
 
 
 def rollout_with_more():
-    """The same with pi_prox and the top 2, whose entries tell sample, token and rank."""
+    """The same with pi_prox, pi_ref and the top 2, whose entries tell sample, token and rank."""
     plain = rollout()
 
     def topk(row, length):
@@ -59,7 +59,14 @@ def rollout_with_more():
 
     completions = [replace(c, **topk(i, len(c.token_ids))) for i, c in enumerate(plain.completions)]
     proximal = [[logprob - 1 for logprob in c.logprobs] for c in plain.completions]
-    return replace(plain, completions=completions, proximal_logprobs=proximal, prompt_numbers=[4, 4, 7, 7])
+    reference = [[logprob - 2 for logprob in c.logprobs] for c in plain.completions]
+    return replace(
+        plain,
+        completions=completions,
+        proximal_logprobs=proximal,
+        reference_logprobs=reference,
+        prompt_numbers=[4, 4, 7, 7],
+    )
 
 
 def square(size=3, **changes):
@@ -99,11 +106,12 @@ def test_collate_of_an_empty_completion_has_no_completion_token():
     assert batch.advantages.tolist() == batch.rollout_logprobs.tolist() == [[0.0]]
 
 
-def test_collate_aligns_pi_prox_and_the_top_k_with_the_sampled_tokens():
+def test_collate_aligns_pi_prox_pi_ref_and_the_top_k_with_the_sampled_tokens():
     batch = collate([3, 0, 2], rollout_with_more)
     assert batch.input_ids.tolist() == [[13, 8, 2, 99, 99], [11, 12, 5, 6, 2], [13, 99, 99, 99, 99]]
     expected = torch.tensor([[0, -1.5, -1.6, 0, 0], [0, 0, -1.1, -1.2, -1.3], [0, 0, 0, 0, 0]])
     torch.testing.assert_close(batch.proximal_logprobs, expected)
+    torch.testing.assert_close(batch.reference_logprobs, expected - batch.completion_mask.float())
     none = [0, 0]
     ids = [
         [none, [300, 301], [310, 311], none, none],
@@ -114,11 +122,13 @@ def test_collate_aligns_pi_prox_and_the_top_k_with_the_sampled_tokens():
     torch.testing.assert_close(batch.topk_logprobs, -torch.tensor(ids) / 1000)
     assert batch.topk_ids.dtype == torch.int64
     assert (batch.topk_logprobs.dtype, batch.proximal_logprobs.dtype) == (torch.float32, torch.float32)
+    assert batch.reference_logprobs.dtype == torch.float32
 
 
-def test_collate_without_pi_prox_and_top_k_has_none():
+def test_collate_without_pi_prox_pi_ref_and_top_k_has_none():
     batch = collate([0, 1])
-    assert (batch.proximal_logprobs, batch.topk_ids, batch.topk_logprobs) == (None, None, None)
+    assert (batch.proximal_logprobs, batch.reference_logprobs) == (None, None)
+    assert (batch.topk_ids, batch.topk_logprobs) == (None, None)
 
 
 def test_a_row_knows_its_sample():
@@ -127,7 +137,7 @@ def test_a_row_knows_its_sample():
 
 def test_lightning_moves_the_optional_tensors_too():
     moved = move_data_to_device(collate([0, 1], rollout_with_more), torch.device("meta"))
-    for name in ("sample_ids", "proximal_logprobs", "topk_ids", "topk_logprobs"):
+    for name in ("sample_ids", "proximal_logprobs", "reference_logprobs", "topk_ids", "topk_logprobs"):
         assert getattr(moved, name).device.type == "meta"
 
 
@@ -161,6 +171,13 @@ def test_a_batch_long_tensor_raises_although_it_would_broadcast(name):
         square(**{name: square().advantages[0].to(getattr(square(), name).dtype)})
 
 
+@pytest.mark.parametrize("name", ["proximal_logprobs", "reference_logprobs"])
+@pytest.mark.usefixtures("unchecked_hints")
+def test_an_optional_tensor_of_another_shape_raises(name):
+    with pytest.raises(ValueError, match=rf"`{name}` must have the shape of `input_ids` \[3, 3\], got \[3\]"):
+        square(**{name: torch.zeros(3)})
+
+
 @pytest.mark.usefixtures("unchecked_hints")
 def test_shapes_that_would_broadcast_raise():
     with pytest.raises(ValueError, match=r"`advantages` must have the shape of `input_ids` \[3, 3\], got \[3, 1\]"):
@@ -189,6 +206,13 @@ def test_rollout_counts_samples_tokens_and_groups():
     assert len(rollout()) == 4
     assert rollout().num_completion_tokens == 6
     assert rollout().group_rewards.tolist() == [[1.0, 0.0], [0.5, 0.25]]
+
+
+def test_a_penalty_is_taken_off_the_rewards_and_leaves_them_as_they_are():
+    penalized = replace(rollout(), reference_penalties=torch.tensor([0.5, -0.25, 0.0, 1.0]))
+    assert penalized.penalized_rewards.tolist() == [0.5, 0.25, 0.5, -0.75]
+    assert torch.equal(penalized.rewards, rollout().rewards)
+    assert torch.equal(rollout().penalized_rewards, rollout().rewards)
 
 
 def test_rollouts_do_not_share_their_reward_parts():

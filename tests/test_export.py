@@ -1,10 +1,16 @@
 """A checkpoint becomes a folder that transformers loads, or an error that names the file."""
 
+import os
+import pickle
+import warnings
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM
 
-from drpo_lightning.export import check_exported, export_checkpoint, main, write_model
+from drpo_lightning.export import check_exported, export_checkpoint, main, read_checkpoint, write_model
 
 
 @pytest.fixture
@@ -14,6 +20,22 @@ def trained(make_run, make_recorder, tmp_path):
     run = make_run(make_recorder(lambda trainer, *_: trainer.save_checkpoint(path)))
     run.fit()
     return {name: tensor.clone() for name, tensor in run.module.named_weights()}, path
+
+
+@pytest.fixture
+def shards(trained, tmp_path):
+    """Writes the checkpoint as a folder of shards, with the weights under a key."""
+
+    def write(key):
+        content = torch.load(trained[1], weights_only=True)
+        state = {key: content.pop("state_dict"), "optimizer_0": content.pop("optimizer_states")[0]}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            save(state, checkpoint_id=tmp_path / "shards.ckpt", no_dist=True)
+        torch.save(content, tmp_path / "shards.ckpt" / "meta.pt")
+        return tmp_path / "shards.ckpt"
+
+    return write
 
 
 def loaded(folder):
@@ -35,9 +57,74 @@ def test_the_command_writes_the_folder(trained, tmp_path, capsys):
     assert all(torch.equal(tensor, weights[name].bfloat16()) for name, tensor in loaded(tmp_path / "out").items())
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model"], ids=["as FSDP2", "as FSDP1"])
+def test_a_folder_of_shards_gives_the_weights_it_holds(trained, shards, tmp_path, key):
+    weights, _ = trained
+    export_checkpoint(shards(key), tmp_path / "out")
+    exported = loaded(tmp_path / "out")
+    assert exported.keys() == weights.keys()
+    assert all(torch.equal(exported[name], weights[name]) for name in weights)
+
+
+def test_tied_weights_that_come_as_two_tensors_are_written_once(trained, model_folder, tmp_path):
+    weights = {name: tensor.clone() for name, tensor in trained[0].items()}
+    write_model(model_folder, weights, tmp_path)
+    check_exported(tmp_path, weights)
+    before, written = (load_file(f"{folder}/model.safetensors").keys() for folder in (model_folder, tmp_path))
+    assert written == before
+    weights["lm_head.weight"] += 1
+    write_model(model_folder, weights, tmp_path)
+    with pytest.raises(RuntimeError, match=r"lacks \['lm_head\.weight'\]"):
+        check_exported(tmp_path, weights)
+
+
+def test_of_shards_only_the_weights_are_read_and_in_the_precision_asked_for(trained, shards):
+    weights, path = trained
+    for checkpoint in (path, shards("model")):
+        state = read_checkpoint(checkpoint, dtype="bfloat16")
+        assert state.weights.keys() == weights.keys()
+        assert all(torch.equal(state.weights[name], weights[name].bfloat16()) for name in weights)
+
+
+@pytest.mark.parametrize("name", [".metadata", "meta.pt", "__0_0.distcp"])
+def test_half_a_folder_of_shards_is_named_with_what_it_lacks(shards, tmp_path, name):
+    folder = shards("state_dict")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 10])
+    with pytest.raises(ValueError, match=rf"shards\.ckpt.*{name}.* cut off|shards\.ckpt/{name}' is cut off"):
+        export_checkpoint(folder, tmp_path / "out")
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=rf"shards\.ckpt' (has no|is incomplete: its) {name}"):
+        export_checkpoint(folder, tmp_path / "out")
+
+
+def test_shards_of_no_policy_are_named(shards, tmp_path):
+    folder = shards("state_dict")
+    torch.save({"epoch": 1}, folder / "meta.pt")
+    with pytest.raises(ValueError, match=r"shards\.ckpt' holds no policy"):
+        export_checkpoint(folder, tmp_path / "out")
+
+
+class Command:
+    def __reduce__(self):
+        return os.mkdir, ("run",)
+
+
+def test_metadata_that_brings_a_command_is_refused(shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = shards("state_dict")
+    (folder / ".metadata").write_bytes(pickle.dumps(Command()))
+    with pytest.raises(ValueError, match=r"metadata' is cut off, or not PyTorch's: it names posix\.mkdir"):
+        export_checkpoint(folder, tmp_path / "out")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_no_checkpoint_of_a_policy_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"the checkpoint '.*none\.ckpt' is no file"):
         export_checkpoint(tmp_path / "none.ckpt", tmp_path / "out")
+    (tmp_path / "text.ckpt").write_text("weights")
+    with pytest.raises(ValueError, match=r"text\.ckpt' is cut off, or no file that PyTorch has saved"):
+        export_checkpoint(tmp_path / "text.ckpt", tmp_path / "out")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"other\.ckpt' holds no policy: it was not written by `drpo fit`"):
         export_checkpoint(tmp_path / "other.ckpt", tmp_path / "out")
@@ -66,7 +153,6 @@ def test_every_exported_tensor_is_compared(trained, model_folder, tmp_path, name
         check_exported(tmp_path, weights | {name: weights[name] + 1})
 
 
-def test_a_dtype_that_torch_has_not_is_named(trained, model_folder, tmp_path):
-    weights, _ = trained
+def test_a_dtype_that_is_not_exported_is_named(trained):
     with pytest.raises(ValueError, match=r"`dtype`.*'bfloat61'"):
-        write_model(model_folder, weights, tmp_path, dtype="bfloat61")
+        read_checkpoint(trained[1], dtype="bfloat61")

@@ -13,6 +13,7 @@ from drpo_lightning.callbacks.mismatch_and_drift import MismatchAndDrift
 from drpo_lightning.callbacks.policy_checkpoint import PolicyCheckpoint
 from drpo_lightning.callbacks.policy_shift import PolicyShift
 from drpo_lightning.callbacks.progress import RolloutProgress
+from drpo_lightning.callbacks.reference_divergence import ReferenceDivergence
 from drpo_lightning.callbacks.rewards import ExactMatchReward, FunctionReward, NumericAnswerReward, RewardCallback
 from drpo_lightning.callbacks.rollout_statistics import RolloutStatistics
 from drpo_lightning.callbacks.run_summary import RunSummary
@@ -37,6 +38,7 @@ __all__ = [
     "NumericAnswerReward",
     "PolicyCheckpoint",
     "PolicyShift",
+    "ReferenceDivergence",
     "RewardCallback",
     "RolloutProgress",
     "RolloutStatistics",

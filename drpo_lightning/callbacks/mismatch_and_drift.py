@@ -163,4 +163,6 @@ def part_of_rollout(rollout: Rollout, rows: list[int]) -> Rollout:
         reward_parts={},
         prompt_numbers=[],
         proximal_logprobs=None,
+        reference_logprobs=None,
+        reference_penalties=None,
     )

@@ -15,11 +15,13 @@ class RolloutStatistics(Callback, RolloutHooks):
     """Logs every rollout, at the optimizer steps that were completed when it was sampled.
 
     `rollout/number` (from 1), `reward/mean`, `reward/std`, `reward/<name>/mean` (over completions that the reward
-    applies to), `reward/<name>/applies_fraction`, `completions/mean_length` (tokens), `completions/max_length`,
+    applies to), `reward/<name>/applies_fraction`, `reward/reference_kl/mean` (what the penalty on the divergence from a
+    reference adds to the rewards before the advantages are taken, if there is one in the reward: minus beta times
+    nats; no other figure here has it), `completions/mean_length` (tokens), `completions/max_length`,
     `completions/truncated_fraction`, `group/zero_std_fraction` (prompts whose samples have equal rewards and so no
-    gradient); and of the iteration `perf/generate_seconds`, `perf/sync_seconds`, `perf/reward_seconds`,
-    `perf/update_seconds`, `perf/iteration_seconds`, `perf/tokens_per_second` (sampled tokens over the whole
-    iteration, all ranks).
+    gradient, but for that of a penalty); and of the iteration `perf/generate_seconds`, `perf/sync_seconds`,
+    `perf/reward_seconds`, `perf/update_seconds`, `perf/iteration_seconds`, `perf/tokens_per_second` (sampled tokens
+    over the whole iteration, all ranks).
     """
 
     def __init__(self) -> None:
@@ -81,6 +83,8 @@ def rollout_metrics(trainer: Trainer, pl_module: LightningModule, rollout: Rollo
     for name, scores in rollout.reward_parts.items():
         sums[f"{name}/sum"] = scores.double().nansum()
         sums[f"{name}/count"] = (~scores.isnan()).sum()
+    if rollout.reference_penalties is not None:
+        sums["reference_kl"] = -rollout.reference_penalties.double().sum()
     device = pl_module.device
     packed = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=device)
     totals = dict(zip(sums, trainer.strategy.reduce(packed, reduce_op="sum").tolist(), strict=True))
@@ -101,4 +105,6 @@ def rollout_metrics(trainer: Trainer, pl_module: LightningModule, rollout: Rollo
         metrics[f"reward/{name}/applies_fraction"] = count / samples
         if count:
             metrics[f"reward/{name}/mean"] = totals[f"{name}/sum"] / count
+    if "reference_kl" in totals:
+        metrics["reward/reference_kl/mean"] = totals["reference_kl"] / samples
     return metrics

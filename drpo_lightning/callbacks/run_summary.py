@@ -10,18 +10,21 @@ from drpo_lightning.callbacks.export_policy import ExportPolicy
 class RunSummary(Callback):
     """Prints the validation before and after, and where the logs and the exported policy are.
 
-    The validation before is Lightning's sanity check: set `trainer.num_sanity_val_steps: -1`.
+    The validation before is Lightning's sanity check: set `trainer.num_sanity_val_steps: -1`. Without it, the first
+    and the latest validation are compared, and a single one stands alone.
     """
 
     def __init__(self) -> None:
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
+        self._first_step = 0
         self._last_step = 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Keeps the first and the latest figures."""
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
-        self._first = self._first or metrics
+        if not self._first:
+            self._first, self._first_step = metrics, trainer.global_step
         self._last, self._last_step = metrics, trainer.global_step
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
@@ -33,11 +36,19 @@ class RunSummary(Callback):
         lines = [f"{trainer.global_step} updates on {trainer.current_epoch} rollouts"]
         for label, key in (("reward", "val/reward/mean"), ("pass@1", "val/pass@1")):
             if key in self._last:
-                when = "after" if self._last_step == trainer.global_step else f"after {self._last_step} updates"
-                lines.append(f"held-out {label}: {self._first[key]:.3f} before -> {self._last[key]:.3f} {when}")
+                figures = {self._first_step: self._first[key], self._last_step: self._last[key]}
+                parts = [f"{value:.3f} {_moment(step, trainer.global_step)}" for step, value in figures.items()]
+                lines.append(f"held-out {label}: {' -> '.join(parts)}")
         if log_dir:
             lines.append(f"logs:    {log_dir}")
         lines += [f"policy:  {folder}" for folder in exported]
         if log_dir:
             lines.append(f"look at: tensorboard --logdir '{Path(log_dir).parent}'")
         print("\n" + "\n".join(lines), flush=True)  # noqa: T201
+
+
+def _moment(step: int, last_step: int) -> str:
+    """When a validation was, in words."""
+    if step == last_step:
+        return "after"
+    return f"after {step} updates" if step else "before"

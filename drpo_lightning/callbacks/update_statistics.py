@@ -26,6 +26,7 @@ class CompletionTokens(NamedTuple):
         beyond_clamp: True where |log pi - log mu| > 20, which has no gradient.
         keep: True where the objective's mask keeps the token; None for an objective without a mask.
         proximal_logprobs: log pi_prox, in nats; None if it is not computed.
+        reference_logprobs: log pi_ref, in nats; None without a reference.
     """
 
     token_ids: Int[Tensor, " tokens"]
@@ -36,6 +37,7 @@ class CompletionTokens(NamedTuple):
     beyond_clamp: Bool[Tensor, " tokens"]
     keep: Bool[Tensor, " tokens"] | None
     proximal_logprobs: Float[Tensor, " tokens"] | None
+    reference_logprobs: Float[Tensor, " tokens"] | None = None
 
 
 def completion_tokens(batch: RolloutBatch, outputs: StepOutput) -> CompletionTokens:
@@ -46,6 +48,9 @@ def completion_tokens(batch: RolloutBatch, outputs: StepOutput) -> CompletionTok
     def picked(values: Tensor) -> Tensor:
         return values.flatten()[places]
 
+    def picked_if_given(values: Tensor | None) -> Tensor | None:
+        return None if values is None else picked(values)
+
     return CompletionTokens(
         token_ids=picked(batch.input_ids),
         policy_logprobs=picked(outputs["policy_logprobs"]),
@@ -53,8 +58,9 @@ def completion_tokens(batch: RolloutBatch, outputs: StepOutput) -> CompletionTok
         advantages=picked(batch.advantages),
         grad_weight=picked(objective.grad_weight),
         beyond_clamp=picked(objective.beyond_clamp),
-        keep=None if objective.keep is None else picked(objective.keep),
-        proximal_logprobs=None if batch.proximal_logprobs is None else picked(batch.proximal_logprobs),
+        keep=picked_if_given(objective.keep),
+        proximal_logprobs=picked_if_given(batch.proximal_logprobs),
+        reference_logprobs=picked_if_given(batch.reference_logprobs),
     )
 
 

@@ -19,6 +19,11 @@ from drpo_lightning.functional.ratios import (
     probability_shift,
     within_log_ratio_clamp,
 )
+from drpo_lightning.functional.reference_kl import (
+    has_reference_gradient,
+    reference_kl,
+    reference_penalty,
+)
 
 __all__ = [
     "ADVANTAGES",
@@ -29,12 +34,15 @@ __all__ = [
     "binary_kl_divergence",
     "binary_tv_divergence",
     "group_advantages",
+    "has_reference_gradient",
     "importance_ratio",
     "k1_divergence",
     "k3_divergence",
     "linear_token_logprobs",
     "log_importance_ratio",
     "probability_shift",
+    "reference_kl",
+    "reference_penalty",
     "sampling_logprobs",
     "topk_kl_divergence",
     "topk_tv_divergence",

@@ -1,9 +1,17 @@
 """What a policy cannot be trained with is refused before anything is loaded."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
@@ -19,6 +27,16 @@ from drpo_lightning.modules.sharding import local
 from drpo_lightning.objectives import Objective
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
+REFUSED_CALLBACKS: dict[type[Callback], str] = {
+    GradientAccumulationScheduler: "rollouts are split into micro-batches in one way for the whole run; set "
+    "`trainer.accumulate_grad_batches`",
+    StochasticWeightAveraging: "it copies the policy before there is one, and averages nothing; take "
+    "lightning.pytorch.callbacks.EMAWeightAveraging",
+    BatchSizeFinder: "there is no batch size; set `trainer.accumulate_grad_batches`, which splits updates into "
+    "micro-batches",
+    LearningRateFinder: "the loss of a policy gradient does not say how good the policy is; set `model.optimizer`'s lr",
+}
+"""Callbacks of Lightning that cannot work here: why, and what to take instead."""
 
 
 def check_model_folder(model: str) -> None:
@@ -50,6 +68,14 @@ def check_strategy(strategy: Strategy) -> None:
         raise SettingError(
             "`trainer.accelerator` mps is not supported, since it has no float64; set `trainer.accelerator: cpu`"
         )
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Raises `SettingError` for a callback of Lightning that cannot work with rollouts."""
+    for callback in callbacks:
+        for refused, reason in REFUSED_CALLBACKS.items():
+            if isinstance(callback, refused):
+                raise SettingError(f"`trainer.callbacks` {refused.__name__} is not supported: {reason}")
 
 
 def check_precision(precision: str) -> None:

@@ -2,24 +2,23 @@
 
 import math
 import os
-from collections.abc import Iterator
 from typing import Any, Literal, TypedDict
 
 import torch
 from jaxtyping import Bool, Float, Int
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from drpo_lightning.batch import Rollout, RolloutBatch, ValidationBatch
+from drpo_lightning.batch import RolloutBatch, ValidationBatch
 from drpo_lightning.errors import SettingError
 from drpo_lightning.functional.aggregation import aggregate_loss
 from drpo_lightning.functional.divergences import TopKLogprobs
 from drpo_lightning.logs import log_interval, log_metrics
 from drpo_lightning.metrics import ValidationStatistics
 from drpo_lightning.modules.checks import (
+    check_callbacks,
     check_mesh,
     check_model_folder,
     check_precision,
@@ -28,12 +27,20 @@ from drpo_lightning.modules.checks import (
     fraction_rounded_away,
     parameter_dtype,
 )
-from drpo_lightning.modules.language_model import empty_language_model, load_language_model, prepare_for_training
-from drpo_lightning.modules.policy_network import PolicyNetwork, head_is_linear
-from drpo_lightning.modules.sharding import clip_gradient, fill, full_tensors, is_sharded, local, shard
+from drpo_lightning.modules.engine_side import EngineSide
+from drpo_lightning.modules.language_model import prepare_for_training
+from drpo_lightning.modules.loading import load_network
+from drpo_lightning.modules.lora import (
+    LoRA,
+    attach_adapter,
+    check_adapter_settings,
+    check_peft_available,
+    drop_frozen_weights,
+)
+from drpo_lightning.modules.policy_network import PolicyNetwork
+from drpo_lightning.modules.reference import ReferenceModel, ReferencePenalty, load_frozen_network
+from drpo_lightning.modules.sharding import clip_gradient
 from drpo_lightning.objectives import DRPO, Objective, ObjectiveOutput
-from drpo_lightning.rollout.policy import RolloutPolicy
-from drpo_lightning.rollout.weights import WeightSource
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
 PROVIDED_INPUTS = {"sequence_ids", "proximal_logprobs", "topk"}
@@ -55,7 +62,7 @@ class StepOutput(TypedDict):
     objective: ObjectiveOutput
 
 
-class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
+class PolicyModule(EngineSide):
     """Trains a causal language model by a policy objective on `RolloutBatch`es.
 
     One `training_step` is one micro-batch; `trainer.accumulate_grad_batches` of them make an optimizer update. The
@@ -69,6 +76,8 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
         aggregation: how per-token losses become one number, see `drpo_lightning.functional.AGGREGATIONS`.
         horizon: tokens that `seq_mean_token_sum_norm` divides by; the paper takes 8192.
         temperature: temperature of the policy, that of the sampling. The command line takes it from there.
+        peft: trains low-rank adapters (LoRA) only, with these settings; by default all weights are trained.
+        reference: penalty on the divergence from a frozen reference model; none by default, and no model is loaded.
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         compile_layers: compiles the model's layers by `torch.compile`; the first steps take long. Needs a C++ compiler.
         logprob_chunk_size: tokens whose logits exist at a time.
@@ -88,6 +97,8 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
         aggregation: Aggregation = "token_mean",
         horizon: int | None = None,
         temperature: float = 1.0,
+        peft: LoRA | None = None,
+        reference: ReferencePenalty | None = None,
         gradient_checkpointing: bool = False,
         compile_layers: bool = False,
         logprob_chunk_size: int = 1024,
@@ -103,6 +114,8 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
                 "the paper takes 8192"
             )
         objective.check_inputs(PROVIDED_INPUTS)
+        if reference is not None and reference.model is not None:
+            check_model_folder(os.path.expanduser(reference.model))
         self.model_name = model
         self.objective = objective
         self.make_optimizer = optimizer
@@ -110,13 +123,21 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
         self.aggregation = aggregation
         self.horizon = horizon
         self.temperature = temperature
+        self.peft = peft
+        self.reference = reference
+        if peft is not None:
+            check_peft_available()
+            self.strict_loading = False  # a checkpoint has the adapters alone
+            self.register_state_dict_post_hook(drop_frozen_weights)  # type: ignore[no-untyped-call]
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile_layers
         self.logprob_chunk_size = logprob_chunk_size
         self.trust_remote_code = trust_remote_code
         self.validation_statistics = ValidationStatistics(pass_threshold)
         self.network: PolicyNetwork | None = None
+        self.reference_model: ReferenceModel | None = None
         self._update_loss: float | Tensor = 0.0
+        self._update_penalty: float | Tensor = 0.0
         self._grad_norm = float("nan")
         self._logged_step = 0
 
@@ -124,6 +145,7 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
         """Checks that the policy is trained on the distribution that is sampled from."""
         check_strategy(self.trainer.strategy)
         check_precision(self.trainer.precision)
+        check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
         if self.temperature == 0:
             raise SettingError(
                 "`data.sampling.temperature` must be positive, got 0: greedy samples teach nothing. To validate with "
@@ -134,41 +156,56 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
             check_sampling(sampling, self.objective, self.temperature)
         if stage == "fit":
             rank_zero_info(f"Objective: {self.objective.describe()}")
+            if self.reference is not None:
+                rank_zero_info(f"Reference: {self.reference.describe()}")
 
     def configure_model(self) -> None:
-        """Loads the policy, in float32 whatever the checkpoint holds: small updates round away in bfloat16."""
-        if self.network is not None:
-            return
-        strategy = self.trainer.strategy
-        dtype = parameter_dtype(self.trainer.precision)
-        if not is_sharded(strategy):
-            self.network = self._make_network(self._load(load_language_model, dtype))
-            return
-        if isinstance(strategy, ModelParallelStrategy):
+        """Loads the policy and, for a fit, the reference.
+
+        The policy is in float32 whatever the checkpoint holds: small updates round away in bfloat16.
+        """
+        if self.network is None:
+            self.network = self._load_policy()
+        if self.reference is not None and self.reference_model is None and self.trainer.state.fn == "fit":
+            self.reference_model = self._load_reference(self.reference)
+
+    def _load_policy(self) -> PolicyNetwork:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
             check_mesh(self.device_mesh, self.trainer.world_size)
-        source = self._load(load_language_model, "auto") if self.trainer.is_global_zero else None
-        is_linear = strategy.broadcast(head_is_linear(source) if source is not None else None)
-        empty = self._load(empty_language_model, dtype)
-        self.network = shard(self._make_network(empty, is_head_linear=is_linear), strategy)
-        fill(self.network, None if source is None else source.state_dict())
+        dtype = parameter_dtype(self.trainer.precision)
 
-    def _load(self, load: Any, dtype: torch.dtype | str) -> Any:  # noqa: ANN401
-        return load(self.model_name, dtype=dtype, trust_remote_code=self.trust_remote_code)
+        def adapt(language_model: Any) -> None:  # noqa: ANN401
+            if self.peft is not None:
+                attach_adapter(language_model, self.peft, dtype=dtype)
+            prepare_for_training(
+                language_model, gradient_checkpointing=self.gradient_checkpointing, compile=self.compile_layers
+            )
 
-    def _make_network(self, language_model: Any, *, is_head_linear: bool | None = None) -> PolicyNetwork:  # noqa: ANN401
-        prepare_for_training(
-            language_model, gradient_checkpointing=self.gradient_checkpointing, compile=self.compile_layers
+        return load_network(self.model_name, self.trainer.strategy, adapt=adapt, dtype=dtype, **self._network_settings)
+
+    def _load_reference(self, settings: ReferencePenalty) -> ReferenceModel:
+        assert self.network is not None, "the policy comes first"
+        if settings.model is None and self.peft is not None:
+            return ReferenceModel(self.network, is_adapted_policy=True)
+        network = load_frozen_network(
+            os.path.expanduser(settings.model or self.model_name),
+            self.trainer.strategy,
+            dtype=getattr(torch, settings.dtype),
+            **self._network_settings,
         )
-        return PolicyNetwork(
-            language_model,
-            temperature=self.temperature,
-            chunk_size=self.logprob_chunk_size,
-            is_head_linear=is_head_linear,
-        )
+        return ReferenceModel(network)
+
+    @property
+    def _network_settings(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "chunk_size": self.logprob_chunk_size,
+            "trust_remote_code": self.trust_remote_code,
+        }
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """The optimizer, and its schedule by optimizer steps."""
-        optimizer = self.make_optimizer(self.parameters())
+        optimizer = self.make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
         if self.make_lr_scheduler is None:
             return optimizer
         schedule = {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}
@@ -176,7 +213,7 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
 
     def on_train_start(self) -> None:
         """Starts the count of updates, and warns of parameters too coarse in precision for the learning rate."""
-        self._logged_step, self._update_loss = self.trainer.global_step, 0.0
+        self._logged_step, self._update_loss, self._update_penalty = self.trainer.global_step, 0.0, 0.0
         for group in self.trainer.optimizers[0].param_groups:
             lost = fraction_rounded_away(group["params"], group["lr"])
             if lost > 0.1:
@@ -210,14 +247,12 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
             proximal_logprobs=batch.proximal_logprobs,
             topk=topk,
         )
-        share = aggregate_loss(
-            output.loss,
-            batch.completion_mask,
-            kind=self.aggregation,
-            num_tokens=batch.num_update_tokens,
-            num_sequences=batch.num_update_sequences,
-            horizon=self.horizon,
-        )
+        share = self._share(output.loss, batch)
+        penalties = None if self.reference is None else self.reference.token_penalties(policy_logprobs, batch)
+        if penalties is not None:
+            penalty = self._share(penalties, batch)
+            self._update_penalty += penalty.detach()
+            share = share + penalty
         self._update_loss += share.detach()
         # Ranks are averaged and Lightning divides by the micro-batches, of an incomplete last window too.
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
@@ -225,6 +260,17 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
             loss=share * scale,
             policy_logprobs=policy_logprobs.detach(),
             objective=output._replace(loss=output.loss.detach()),
+        )
+
+    def _share(self, loss: Float[Tensor, "batch seq"], batch: RolloutBatch) -> Float[Tensor, ""]:
+        """What the tokens of a micro-batch add to the loss of its update."""
+        return aggregate_loss(
+            loss,
+            batch.completion_mask,
+            kind=self.aggregation,
+            num_tokens=batch.num_update_tokens,
+            num_sequences=batch.num_update_sequences,
+            horizon=self.horizon,
         )
 
     def _logprobs(self, batch: RolloutBatch) -> tuple[Float[Tensor, "batch seq"], TopKLogprobs | None]:
@@ -256,13 +302,16 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
         if self.trainer.global_step == self._logged_step:
             return
         self._logged_step = self.trainer.global_step
-        loss = self.trainer.strategy.reduce(torch.as_tensor(self._update_loss, device=self.device), reduce_op="sum")
-        self._update_loss = 0.0
+        sums = torch.tensor([float(self._update_loss), float(self._update_penalty)], device=self.device)
+        loss, penalty = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        self._update_loss, self._update_penalty = 0.0, 0.0
         metrics = {
-            "optim/loss": float(loss),
+            "optim/loss": loss,
             "optim/grad_norm": self._grad_norm,
             "optim/learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
         }
+        if self.reference is not None and self.reference.placement == "loss":
+            metrics["optim/reference_penalty"] = penalty
         is_finite = all(map(math.isfinite, metrics.values()))  # if not, it is logged out of turn
         if self._logged_step % log_interval(self.trainer) == 0 or not is_finite:
             log_metrics(self.trainer, self, metrics)
@@ -277,51 +326,14 @@ class PolicyModule(LightningModule, WeightSource, RolloutPolicy):
         log_metrics(self.trainer, self, metrics, is_epoch_end=True)
         self.validation_statistics.reset()
 
-    @property
-    def num_topk(self) -> int:
-        """See `RolloutPolicy`."""
-        return self.objective.num_topk
-
-    @property
-    def needs_proximal_logprobs(self) -> bool:
-        """See `RolloutPolicy`."""
-        return "proximal_logprobs" in self.objective.required_inputs
-
-    @torch.no_grad()
-    def score(self, rollout: Rollout, *, batch_size: int, pad_token_id: int) -> list[list[float]]:
-        """See `RolloutPolicy`."""
-        result: list[list[float]] = []
-        for start in range(0, len(rollout), batch_size):
-            rows = list(range(start, min(start + batch_size, len(rollout))))
-            batch = RolloutBatch.collate(
-                rollout, rows, rollout.rewards, pad_token_id=pad_token_id, num_update_tokens=0, num_update_sequences=0
-            )
-            inputs = (batch.input_ids, batch.attention_mask, batch.completion_mask)
-            with self.trainer.precision_plugin.forward_context():
-                logprobs = self(*(tensor.to(self.device) for tensor in inputs)).cpu()
-            result += [row[mask].tolist() for row, mask in zip(logprobs, batch.completion_mask, strict=True)]
-        return result
-
-    def weight_shapes(self) -> dict[str, torch.Size]:
-        """See `WeightSource`."""
-        assert self.network is not None, "configure_model comes first"
-        return dict(self.network.tensor_shapes)
-
-    def weights_are_finite(self) -> bool:
-        """See `WeightSource`."""
-        finite = torch.stack([local(parameter).isfinite().all() for parameter in self.parameters()]).all()
-        return bool(self.trainer.strategy.reduce(finite.float(), reduce_op="sum") == self.trainer.world_size)
-
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `WeightSource`; sharded tensors are gathered one at a time, by layers under FSDP1."""
-        assert self.network is not None, "configure_model comes first"
-        return full_tensors(self.network)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes which model the weights belong to, for `drpo export`."""
-        checkpoint["policy"] = {"model": self.model_name}
+        adapters = None if self.peft is None else self.peft.trained_settings
+        model = os.path.abspath(self.model_name) if os.path.isdir(self.model_name) else self.model_name
+        checkpoint["policy"] = {"model": model, "peft": adapters}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lets the data module put Lightning's progress to where its rollout goes on."""
+        """Checks the adapters; lets the data module put Lightning's progress to where its rollout goes on."""
+        check_adapter_settings(self.peft, checkpoint.get("policy", {}).get("peft"))
         if (align_progress := getattr(self.trainer.datamodule, "align_progress", None)) is not None:  # type: ignore[attr-defined]
             align_progress(checkpoint)

@@ -4,7 +4,7 @@ No rank ever holds the whole network: it is built without memory, sharded layer 
 tensor at a time; it is read the same way.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -96,13 +96,19 @@ def fill(network: nn.Module, source: Mapping[str, Tensor] | None) -> None:
             tensor.copy_(full)
 
 
-def full_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def full_tensors(network: nn.Module, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, Tensor]]:
     """Yields name and whole value of every tensor of the language model's state dict, gathered one at a time.
 
     Under FSDP1 one layer is gathered at a time. Tied tensors come under each of their names. Collective: every rank
     iterates to the end; a tensor is valid until the next one is asked for.
+
+    Args:
+        network: a policy network, or what `shard` returned.
+        wanted: says of a name whether its tensor is yielded; FSDP2 gathers no other.
     """
     for name, tensor in _tensors(network, writeback=False):
+        if not wanted(name):
+            continue
         yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 

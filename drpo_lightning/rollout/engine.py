@@ -1,8 +1,8 @@
 """The interface that every rollout engine has."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,7 +53,14 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def start(
-        self, model: str, *, device: torch.device, num_ranks: int, seed: int, trust_remote_code: bool = False
+        self,
+        model: str,
+        *,
+        device: torch.device,
+        num_ranks: int,
+        seed: int,
+        trust_remote_code: bool = False,
+        adapter_rank: int | None = None,
     ) -> None:
         """Loads the model and makes ready to generate.
 
@@ -63,6 +70,7 @@ class RolloutEngine(ABC):
             num_ranks: processes of the trainer.
             seed: seeds requests that have no seed of their own.
             trust_remote_code: whether code that comes with the model may run.
+            adapter_rank: rank of the adapters that `load_adapter` will bring; None if it will not be called.
 
         Raises:
             EngineError: if the engine does not come up.
@@ -103,6 +111,23 @@ class RolloutEngine(ABC):
         Args:
             weights: name and tensor of the model's whole state dict, tied tensors under each of their names.
         """
+
+    @property
+    def supports_adapters(self) -> bool:
+        """True if the engine has `load_adapter`."""
+        return False
+
+    def load_adapter(self, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replaces the adapters by others, over the weights the engine has, and forgets every cached prefix.
+
+        The weights are those it started with, or that `load_weights` brought since. A failure leaves the engine
+        unusable: it must be closed.
+
+        Args:
+            config: content of PEFT's `adapter_config.json`.
+            weights: name and tensor of every A and B, as in PEFT's file.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no adapters")
 
     @property
     @abstractmethod

@@ -2,6 +2,9 @@
 
 from abc import ABC, abstractmethod
 
+from jaxtyping import Float
+from torch import Tensor
+
 from drpo_lightning.batch import Rollout
 
 
@@ -18,8 +21,15 @@ class RolloutPolicy(ABC):
     def needs_proximal_logprobs(self) -> bool:
         """True if the objective needs log pi_prox of every sampled token."""
 
+    @property
     @abstractmethod
-    def score(self, rollout: Rollout, *, batch_size: int, pad_token_id: int) -> list[list[float]]:
+    def needs_reference_logprobs(self) -> bool:
+        """True if log pi_ref of every sampled token is asked for, of a frozen reference model."""
+
+    @abstractmethod
+    def score(
+        self, rollout: Rollout, *, batch_size: int, pad_token_id: int, by_reference: bool = False
+    ) -> list[list[float]]:
         """Log pi of every sampled token of a rollout under the present weights, without a gradient.
 
         Collective under FSDP: every rank scores as many completions as the others.
@@ -28,7 +38,16 @@ class RolloutPolicy(ABC):
             rollout: the completions.
             batch_size: completions in one forward pass.
             pad_token_id: fills the rows of a batch.
+            by_reference: True asks for log pi_ref, under the reference model.
 
         Returns:
             Logprobs in nats, one list per completion.
+        """
+
+    @abstractmethod
+    def reference_penalties(self, rollout: Rollout) -> Float[Tensor, " samples"] | None:
+        """What the divergence from the reference takes off each reward, in units of reward; None if it takes nothing.
+
+        Args:
+            rollout: the completions, with their `reference_logprobs`.
         """

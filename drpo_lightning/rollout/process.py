@@ -92,6 +92,7 @@ class EngineProcess:
             target.copy_(tensor)
             layout.append((name, tensor.dtype, tuple(tensor.shape), used))
             used += -(-tensor.nbytes // 16) * 16  # the next view must start at a multiple of its item size
+            del tensor  # it may be a gathered one, and the next is gathered before this name is bound again
         if layout:
             yield layout
 

@@ -1,6 +1,6 @@
 """Rollouts by transformers: slower than vLLM, in the trainer's process, wherever PyTorch runs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from drpo_lightning.batch import Completion, Sampling
 from drpo_lightning.errors import SettingError
 from drpo_lightning.functional.logprobs import sampling_logprobs
+from drpo_lightning.rollout.adapters import merged_weight, paired_factors
 from drpo_lightning.rollout.engine import RolloutEngine, SleepMode
 
 
@@ -39,6 +40,7 @@ class TransformersEngine(RolloutEngine):
         self._generator: torch.Generator | None = None
         self._device = torch.device("cpu")
         self._quantized: frozenset[str] = frozenset()
+        self._unmerged: dict[str, Tensor] = {}
 
     def check_available(self) -> None:
         """Always available: transformers is a dependency of the package."""
@@ -47,6 +49,11 @@ class TransformersEngine(RolloutEngine):
     def is_started(self) -> bool:
         """True between `start` and `close`."""
         return self._model is not None
+
+    @property
+    def supports_adapters(self) -> bool:
+        """True: they are merged into the replica, which keeps a copy of its linear layers without them."""
+        return True
 
     @property
     def can_sleep(self) -> bool:
@@ -61,6 +68,7 @@ class TransformersEngine(RolloutEngine):
         num_ranks: int,  # noqa: ARG002
         seed: int,
         trust_remote_code: bool = False,
+        adapter_rank: int | None = None,
     ) -> None:
         """Loads the replica."""
         from transformers import AutoModelForCausalLM
@@ -72,8 +80,9 @@ class TransformersEngine(RolloutEngine):
         self.context_tokens = replica.config.get_text_config().max_position_embeddings
         self._generator = torch.Generator().manual_seed(seed)
         self._model = replica.to(device).eval().requires_grad_(False)
-        self._quantized = _linear_weights(replica) if self.dtype_name == "fp8" else frozenset()
-        weights = replica.state_dict()
+        linear, weights = _linear_weights(replica), replica.state_dict()
+        self._unmerged = {} if adapter_rank is None else {name: weights[name].clone() for name in linear}
+        self._quantized = linear if self.dtype_name == "fp8" else frozenset()
         for name in self._quantized:
             weights[name].copy_(round_to_fp8(weights[name]))
 
@@ -188,6 +197,23 @@ class TransformersEngine(RolloutEngine):
         own = self._model.state_dict()
         for name, tensor in weights:
             own[name].copy_(round_to_fp8(tensor) if name in self._quantized else tensor)
+            if name in self._unmerged:
+                self._unmerged[name].copy_(tensor)
+            del tensor  # it may be a gathered one, and the next is gathered before this name is bound again
+
+    def load_adapter(self, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Merges the adapters into the replica, in its precision."""
+        scale = config["lora_alpha"] / config["r"]
+        factors = {name: (factor_a, factor_b) for name, factor_a, factor_b in paired_factors(weights)}
+        if unknown := sorted(factors.keys() - self._unmerged.keys()):
+            raise ValueError(f"the adapters do not fit the engine's model: no linear layer has the weight {unknown[0]}")
+        own = self._model.state_dict()
+        for name, weight in self._unmerged.items():
+            merged = weight
+            if name in factors:
+                factor_a, factor_b = (factor.to(weight.device) for factor in factors[name])
+                merged = merged_weight(weight, factor_a, factor_b, scale)
+            own[name].copy_(round_to_fp8(merged) if name in self._quantized else merged)
 
     def _sleep(self) -> None:
         self._model.to("cpu")
@@ -198,6 +224,7 @@ class TransformersEngine(RolloutEngine):
     def close(self) -> None:
         """Frees the replica."""
         self._model = None
+        self._unmerged = {}
 
 
 def round_to_fp8(weight: Tensor) -> Tensor:

@@ -1,21 +1,24 @@
 """Rollouts by vLLM, in the trainer's process or in one of its own."""
 
-import contextlib
 import importlib.util
 import os
-import random
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy
 import torch
 from torch import Tensor
 
 from drpo_lightning.batch import Completion, Sampling
 from drpo_lightning.errors import SettingError
+from drpo_lightning.rollout.adapters import write_adapter
 from drpo_lightning.rollout.engine import EngineError, RolloutEngine, SleepMode
 from drpo_lightning.rollout.process import BUCKET_BYTES, EngineProcess
+from drpo_lightning.rollout.randomness import OwnRandomness
 from drpo_lightning.rollout.weights import model_weight_shapes
+
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as `max_lora_rank`."""
 
 
 class VLLMEngine(RolloutEngine):
@@ -70,6 +73,9 @@ class VLLMEngine(RolloutEngine):
         }
         if owned := sorted((engine_kwargs or {}).keys() & {*self.llm_kwargs, "model", "seed", "trust_remote_code"}):
             raise ValueError(f"`engine_kwargs` must not hold {owned}: they are set elsewhere, or must be as they are")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if (size := (engine_kwargs or {}).get(name, 1)) != 1:
+                raise ValueError(f"`engine_kwargs` {name} must be 1, got {size}: weights are streamed to one device")
         self.llm_kwargs |= engine_kwargs or {}
         self.max_context_tokens = max_model_len
         self.kv_cache_gib = kv_cache_gib
@@ -79,6 +85,7 @@ class VLLMEngine(RolloutEngine):
         self._local: _VLLM | None = None
         self._remote: EngineProcess | None = None
         self._on_cpu = True
+        self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
 
     def check_available(self) -> None:
         """Raises `SettingError` if vLLM is not installed."""
@@ -95,12 +102,24 @@ class VLLMEngine(RolloutEngine):
         return self._local is not None or self._remote is not None
 
     @property
+    def supports_adapters(self) -> bool:
+        """True: vLLM loads them while it runs, and computes with them beside its weights."""
+        return True
+
+    @property
     def can_sleep(self) -> bool:
         """True on a GPU: vLLM's sleep level 1 frees the KV cache and moves the weights to the host's memory."""
         return not self._on_cpu
 
     def start(
-        self, model: str, *, device: torch.device, num_ranks: int, seed: int, trust_remote_code: bool = False
+        self,
+        model: str,
+        *,
+        device: torch.device,
+        num_ranks: int,
+        seed: int,
+        trust_remote_code: bool = False,
+        adapter_rank: int | None = None,
     ) -> None:
         """Starts vLLM."""
         self.check_available()
@@ -116,11 +135,7 @@ class VLLMEngine(RolloutEngine):
         self._on_cpu = device.type == "cpu"
         self.check_sleep()
         llm_kwargs = {"model": model, "seed": seed, "trust_remote_code": trust_remote_code, **self.llm_kwargs}
-        kv_cache_gib = 1.0 if self.kv_cache_gib is None and self._on_cpu else self.kv_cache_gib
-        if kv_cache_gib is not None:
-            llm_kwargs["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
-        if not self._on_cpu and self.sleep_mode != "never":
-            llm_kwargs["enable_sleep_mode"] = True
+        llm_kwargs |= self._memory_kwargs() | adapter_kwargs(adapter_rank)
         if in_process:
             os.environ.update(_environment_of_engine(device, own_process=False))
             self._local = _VLLM(llm_kwargs)
@@ -137,6 +152,16 @@ class VLLMEngine(RolloutEngine):
         except EngineError:
             self.close()
             raise
+
+    def _memory_kwargs(self) -> dict[str, Any]:
+        """Arguments of `vllm.LLM` for the KV cache and sleep."""
+        llm_kwargs: dict[str, Any] = {}
+        kv_cache_gib = 1.0 if self.kv_cache_gib is None and self._on_cpu else self.kv_cache_gib
+        if kv_cache_gib is not None:
+            llm_kwargs["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+        if not self._on_cpu and self.sleep_mode != "never":
+            llm_kwargs["enable_sleep_mode"] = True
+        return llm_kwargs
 
     def _call(self, method: str, timeout_seconds: float, *args: Any) -> Any:  # noqa: ANN401
         """Calls the engine, here or in its own process. Here a timeout has no meaning: it is our own computation."""
@@ -165,6 +190,13 @@ class VLLMEngine(RolloutEngine):
         elif self._local is not None:
             self._local.load_weights(weights)
 
+    def load_adapter(self, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See `RolloutEngine.load_adapter`; vLLM reads them from a private temporary folder."""
+        if self._adapter_folder is None:
+            self._adapter_folder = tempfile.TemporaryDirectory(prefix="drpo-adapter-")
+        write_adapter(self._adapter_folder.name, config, weights)
+        self._call("load_adapter", self.sync_timeout_seconds, self._adapter_folder.name)
+
     def _sleep(self) -> None:
         self._call("sleep", self.sync_timeout_seconds)
 
@@ -179,6 +211,26 @@ class VLLMEngine(RolloutEngine):
             remote.close()
         if local is not None:
             local.close()
+        folder, self._adapter_folder = self._adapter_folder, None
+        if folder is not None:
+            folder.cleanup()
+
+
+def adapter_kwargs(rank: int | None) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for adapters of a rank; none without adapters, which cost speed.
+
+    Raises:
+        SettingError: if vLLM has no room for adapters of that rank.
+    """
+    if rank is None:
+        return {}
+    if rank > ADAPTER_RANKS[-1]:
+        raise SettingError(
+            f"`model.peft.r` {rank} is more than the {ADAPTER_RANKS[-1]} that vLLM takes in an adapter; set "
+            "`model.peft.sync: merged`"
+        )
+    room = next(allowed for allowed in ADAPTER_RANKS if allowed >= rank)
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
 
 
 def _environment_of_engine(device: torch.device, *, own_process: bool) -> dict[str, str]:
@@ -205,51 +257,16 @@ def _environment_of_engine(device: torch.device, *, own_process: bool) -> dict[s
     return environment
 
 
-class _OwnRandomness:
-    """Random number generators of vLLM's own, although Python, NumPy and PyTorch have one for the whole process.
-
-    vLLM reseeds them when it starts and draws from them: the trainer's state is put aside meanwhile, and vLLM goes on
-    from where it was the last time.
-    """
-
-    def __init__(self) -> None:
-        self._states: tuple[Any, ...] | None = None
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        trainers = self._get()
-        if self._states is not None:
-            self._set(self._states)
-        try:
-            yield
-        finally:
-            self._states = self._get()
-            self._set(trainers)
-
-    @staticmethod
-    def _get() -> tuple[Any, ...]:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), cuda  # noqa: NPY002 - vLLM uses it
-
-    @staticmethod
-    def _set(states: tuple[Any, ...]) -> None:
-        python, numpys, torchs, cuda = states
-        random.setstate(python)
-        numpy.random.set_state(numpys)  # noqa: NPY002
-        torch.set_rng_state(torchs)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-
-
 class _VLLM:
     """vLLM's engine in this process."""
 
     def __init__(self, llm_kwargs: dict[str, Any]) -> None:
-        self._own_randomness = _OwnRandomness()
+        self._own_randomness = OwnRandomness()
         with self._own_randomness():
             from vllm import LLM
 
             self._llm = LLM(**llm_kwargs)
+        self._adapter: Any = None
 
     def properties(self) -> tuple[int, int, str]:
         """Tokens of the context, tokens of one block of the prefix cache (0 if it is off), and the precision."""
@@ -288,7 +305,7 @@ class _VLLM:
         ]
         prompts = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompt_ids]
         with self._own_randomness():
-            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False, lora_request=self._adapter)
         return [
             [_completion(sample, num_topk) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
             for output in outputs
@@ -297,6 +314,19 @@ class _VLLM:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See `RolloutEngine.load_weights`."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self._reset_prefix_cache()
+
+    def load_adapter(self, folder: str) -> None:
+        """Loads the adapters in a folder in place of those that were loaded before."""
+        from vllm.lora.request import LoRARequest
+
+        # A request that says `load_inplace` would read the folder again at every step of generation.
+        if not self._llm.llm_engine.add_lora(LoRARequest("policy", 1, folder, load_inplace=True)):
+            raise EngineError("vLLM did not load the adapters")
+        self._adapter = LoRARequest("policy", 1, folder)
+        self._reset_prefix_cache()
+
+    def _reset_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise EngineError("the prefix cache could not be reset: requests of an earlier rollout hold its blocks")
 

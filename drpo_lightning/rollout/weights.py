@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,21 @@ class WeightSource(ABC):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yields every tensor of the model's state dict, tied ones under each of their names, unsharded and detached.
 
-        Collective: every rank iterates to the end. A tensor is valid until the next one is asked for.
+        Adapters are merged into the weights that they belong to. Collective: every rank iterates to the end. A tensor
+        is valid until the next one is asked for.
         """
+
+    @property
+    def adapter_config(self) -> dict[str, Any] | None:
+        """Content of PEFT's `adapter_config.json` if the adapters alone are synced; None if all weights are."""
+        return None
+
+    def named_adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields every factor of the adapters under its name in PEFT's file, as `named_weights` yields weights.
+
+        Collective, too.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no adapters")
 
 
 def model_weight_shapes(model: str, *, trust_remote_code: bool = False) -> dict[str, torch.Size]:

@@ -56,6 +56,11 @@ def test_the_precision_is_a_setting(make_run, tmp_path):
     assert all(torch.equal(written[name], trained[name].bfloat16()) for name in written)
 
 
+def test_a_precision_that_is_not_exported_is_refused_before_the_run():
+    with pytest.raises(ValueError, match=r"`dtype` must be one of .*, got 'bfloat61'"):
+        ExportPolicy(dtype="bfloat61")
+
+
 def test_the_configuration_says_the_precision(make_run, tmp_path):
     make_run(ExportPolicy(folder=str(tmp_path / "out"), dtype="bfloat16")).fit()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"

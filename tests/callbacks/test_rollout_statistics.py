@@ -66,6 +66,12 @@ def test_worked_by_hand(make_rollout):
     }
 
 
+def test_what_a_penalty_takes_off_the_rewards_stands_on_its_own(make_rollout):
+    penalized = metrics_of(make_rollout(reference_penalties=torch.tensor([0.5, -0.25, 0.0, 1.0])))
+    assert penalized.pop("reward/reference_kl/mean") == pytest.approx(-1.25 / 4)
+    assert penalized == metrics_of(make_rollout())
+
+
 def test_equal_rewards_have_no_spread(make_rollout):
     metrics = metrics_of(make_rollout(rewards=torch.full((4,), 0.1)))
     assert metrics["reward/std"] == pytest.approx(0, abs=1e-6)

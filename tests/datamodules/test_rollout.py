@@ -68,6 +68,11 @@ def trained_sequences(batches):
     return Counter(rows)
 
 
+def trained_tokens(batches):
+    """The token ids of each row that was trained on."""
+    return Counter(tokens for tokens, _, _ in trained_sequences(batches).elements())
+
+
 def sampled_sequences(rollout):
     return Counter(
         (tuple(ids + c.token_ids), len(ids), tuple(torch.tensor(c.logprobs).tolist()))
@@ -240,6 +245,26 @@ def test_samples_know_the_row_of_the_data_set_and_rows_of_a_batch_their_sample(m
                 assert batch.input_ids[i][batch.attention_mask[i]].tolist() == expected
 
 
+@pytest.mark.parametrize(("overfit_batches", "num_batches"), [(1, 1), (3, 3), (0.5, 2), (1.0, 4)])
+def test_overfitting_samples_the_same_prompts_anew(make_run, make_recorder, overfit_batches, num_batches):
+    engine, recorder, usual = WatchedEngine(), make_recorder(), make_recorder()
+    trainer = {"max_epochs": 3, "overfit_batches": overfit_batches, "accumulate_grad_batches": 2}
+    val_prompts = ArithmeticPrompts("validation", max_operand=9, num_validation=20)
+    run = make_run(recorder, trainer=trainer, data={"engine": engine, "val_prompts": val_prompts})
+    upcoming = []
+    recorder.after_batch = lambda trainer, *_: upcoming.append(trainer.datamodule.upcoming_prompt_ids(4))
+    run.fit()
+    make_run(usual).fit()
+    prompts = [rollout.prompts for rollout in recorder.rollouts]
+    assert prompts == [usual.rollouts[0].prompts] * 3, "the first of the stream"
+    assert all(ids == recorder.rollouts[0].prompt_ids[::4] for ids in upcoming)
+    assert [len(batches) for batches in recorder.batches] == [num_batches] * 3
+    seeds = [seed for request in engine.requests if request["num_samples"] == 4 for seed in request["seeds"]]
+    assert len(set(seeds)) == 12
+    assert len({str(sampled_sequences(rollout)) for rollout in recorder.rollouts}) == 3
+    assert "val/pass@1" in run.trainer.callback_metrics
+
+
 # ---------------------------------------------------------------- what an objective asks for
 
 
@@ -287,6 +312,14 @@ def test_pi_prox_is_the_trainer_at_the_weights_of_the_rollout(make_run, make_rec
         assert max(shift) <= 1e-4, "also of the second update, when the policy has moved"
     second = recorder.outputs[1]["policy_logprobs"]
     assert (second - recorder.batches[0][1].proximal_logprobs).abs().max() > 1e-3
+
+
+def test_completions_of_one_token_are_trained_on(make_run, make_recorder):
+    recorder = make_recorder()
+    run = make_run(recorder, trainer={"max_epochs": 2}, data={"sampling": Sampling(1, 1.5)})
+    run.fit()
+    assert {batch.num_update_tokens for batches in recorder.batches for batch in batches} == {8}
+    assert weights_of(run).isfinite().all()
 
 
 # ---------------------------------------------------------------- repeatability
@@ -487,6 +520,22 @@ def test_a_run_without_validation_prompts_needs_no_other_setting(make_run):
     make_run(trainer={"limit_val_batches": 1.0}).fit()
 
 
+def test_the_trainer_validates_again_after_a_run_without_validation_prompts(make_run, make_recorder):
+    def fail(trainer, pl_module, batch_idx):
+        raise OSError("disk full")
+
+    trainer = {"limit_val_batches": 0.5}
+    run, broken = make_run(trainer=trainer), make_run(make_recorder(fail), trainer=trainer)
+    run.fit()
+    with pytest.raises(OSError, match="disk full"):
+        broken.fit()
+    assert run.trainer.limit_val_batches == broken.trainer.limit_val_batches == 0.5
+    run.trainer.limit_val_batches = 1.0
+    other = make_run(data={"val_prompts": Listed("1+1=")})
+    run.trainer.validate(run.module, other.data)
+    assert "val/reward/mean" in run.trainer.callback_metrics
+
+
 def test_validation_needs_validation_prompts(make_run):
     run = make_run()
     with pytest.raises(ValueError, match=r"`data\.val_prompts` must be set to validate"):
@@ -636,33 +685,52 @@ def test_the_state_in_the_middle_of_a_rollout_survives_a_file(make_run, make_rec
     assert fresh.data.iteration == 2
     assert sampled_sequences(fresh.data.rollout) == sampled_sequences(recorder.rollouts[1])
     assert fresh.data.rollout.rewards.tolist() == recorder.rollouts[1].rewards.tolist()
-    assert states[0]["ranks"][0]["position"] == 2
+    assert states[0]["updates"] == 1
 
 
 def test_the_state_between_rollouts_holds_no_rollout(make_run, tmp_path):
     run = make_run(trainer={"max_epochs": 2})
     run.fit()
     state = saved_and_read(run.data.state_dict(), tmp_path)
-    assert state == {"ranks": [{"iteration": 2, "position": 2, "rollout": None}]}
+    split = {"num_prompts": 4, "group_size": 4, "num_updates": 2, "seed": 0}
+    assert state == {"iteration": 2, "updates": 2, "accumulate_grad_batches": 1, "split": split, "rollouts": []}
     fresh = make_run()
     fresh.data.trainer = fresh.trainer
     fresh.data.load_state_dict(state)
     assert (fresh.data.iteration, fresh.data.rollout) == (2, None)
 
 
-def test_a_checkpoint_of_other_ranks_is_refused(make_run):
+def test_validation_takes_the_weights_of_a_checkpoint_alone(make_run):
     run = make_run()
-    run.data.trainer = run.trainer
-    rank = {"iteration": 1, "position": 0, "rollout": None}
-    with pytest.raises(ValueError, match="the checkpoint is of 2 ranks and this run has 1: resume it with as many"):
-        run.data.load_state_dict({"ranks": [rank, rank]})
-    run.trainer.state.fn = "validate"
-    run.data.load_state_dict({"ranks": [rank, rank]})
-    assert run.data.iteration == 0, "validation takes the weights alone"
+    run.fit()
+    state = run.data.state_dict()
+    fresh = make_run()
+    fresh.data.trainer = fresh.trainer
+    fresh.trainer.state.fn = "validate"
+    fresh.data.load_state_dict(state)
+    assert fresh.data.iteration == 0
 
 
-def resumed(make_run, make_recorder, path, *, at, trainer=None, **settings):
-    """Trains without a break, saving a checkpoint at an epoch and micro-batch; then again from that checkpoint."""
+@pytest.mark.parametrize(("name", "value"), [("num_prompts", 8), ("group_size", 2), ("num_updates", 4), ("seed", 1)])
+def test_a_rollout_that_is_partly_trained_on_must_be_split_as_before(make_run, make_recorder, tmp_path, name, value):
+    def save(trainer, pl_module, batch_idx):
+        trainer.save_checkpoint(tmp_path / f"{batch_idx}.ckpt")
+
+    run = make_run(make_recorder(save))
+    run.fit()
+    other = make_run(data={name: value}, trainer={"max_epochs": 2})
+    with pytest.raises(SettingError, match=rf"`data\.{name}` must be {run.data._split[name]}, got {value}: the checkp"):
+        other.fit(ckpt_path=tmp_path / "0.ckpt")
+    between = make_run(data={name: value}, trainer={"max_epochs": 2})
+    between.fit(ckpt_path=tmp_path / "1.ckpt")
+    assert between.data.iteration == 2
+
+
+def resumed(make_run, make_recorder, path, *, at, trainer=None, changed=None, **settings):
+    """Trains without a break, saving a checkpoint at an epoch and micro-batch; then again from that checkpoint.
+
+    `changed` are settings of the trainer that the resumed run has otherwise.
+    """
 
     def save(trainer, pl_module, batch_idx):
         if (trainer.current_epoch, batch_idx) == at:
@@ -672,7 +740,7 @@ def resumed(make_run, make_recorder, path, *, at, trainer=None, **settings):
     recorder, second = make_recorder(save), make_recorder()
     whole = make_run(recorder, trainer=trainer, **settings)
     whole.fit()
-    again = make_run(second, trainer=trainer, **settings)
+    again = make_run(second, trainer=trainer | (changed or {}), **settings)
     again.fit(ckpt_path=path)
     return whole, again, recorder, second
 
@@ -720,9 +788,97 @@ def test_a_resumed_run_keeps_what_its_objective_asks_for(make_run, make_recorder
     assert 0 < torch.cat(kept).float().mean() < 1
 
 
-def test_a_checkpoint_inside_an_update_warns_that_its_gradient_is_lost(make_run, make_recorder, tmp_path):
-    with pytest.warns(UserWarning, match="in the middle of an optimizer update"):
-        resumed(make_run, make_recorder, tmp_path / "run.ckpt", at=(1, 0), trainer={"accumulate_grad_batches": 2})
+@pytest.mark.parametrize("at", [(0, 0), (0, 1), (1, 0), (1, 4)])
+def test_an_update_that_was_broken_off_is_begun_again(make_run, make_recorder, tmp_path, at):
+    settings = {"trainer": {"accumulate_grad_batches": 3}, "data": {"num_prompts": 3}}
+    whole, again, recorder, second = resumed(make_run, make_recorder, tmp_path / "run.ckpt", at=at, **settings)
+    assert torch.equal(weights_of(whole), weights_of(again))
+    assert whole.trainer.global_step == again.trainer.global_step == 6
+    assert whole.trainer.current_epoch == again.trainer.current_epoch == 3
+    left = [trained_sequences([b]) for batches in second.batches for b in batches]
+    first = 6 * at[0] + (at[1] + 1) // 3 * 3
+    assert left == [trained_sequences([b]) for batches in recorder.batches for b in batches][first:]
+
+
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("at", [(0, 0), (1, 1), (1, 2), (1, 3)])
+def test_a_resumed_run_may_have_other_micro_batches(make_run, make_recorder, tmp_path, at, window):
+    whole, again, recorder, second = resumed(
+        make_run,
+        make_recorder,
+        tmp_path / "run.ckpt",
+        at=at,
+        trainer={"accumulate_grad_batches": 2, "max_epochs": 4},
+        changed={"accumulate_grad_batches": window},
+        module={"optimizer": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)},
+    )
+    # Micro-batches are added up in another order, in float32.
+    assert weights_of(again) == pytest.approx(weights_of(whole), abs=1e-5)
+    assert whole.trainer.global_step == again.trainer.global_step == 8
+    assert whole.trainer.current_epoch == again.trainer.current_epoch == 4
+    updates = [trained_tokens(batches[i : i + 2]) for batches in recorder.batches for i in (0, 2)]
+    flat = [batch for batches in second.batches for batch in batches]
+    left = [trained_tokens(flat[i : i + window]) for i in range(0, len(flat), window)]
+    assert left == updates[2 * at[0] + (at[1] + 1) // 2 :]
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint in some hook at some step, and notes what Lightning calls, at which epoch and step."""
+
+    def __init__(self, path=None, hook="", step=0):
+        self.path, self.moment = path, (hook, step)
+        self.calls = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self._call(trainer, "epoch start")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._call(trainer, "batch end")
+
+    def on_validation_end(self, trainer, pl_module):
+        self._call(trainer, "validation end")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self._call(trainer, "epoch end")
+
+    def _call(self, trainer, hook):
+        if self.path is not None and (hook, trainer.global_step) == self.moment:
+            trainer.save_checkpoint(self.path)
+            self.path = None
+        self.calls.append((hook, trainer.current_epoch, trainer.global_step))
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 6}], ids=["epochs", "steps"])
+@pytest.mark.parametrize(
+    ("hook", "step"),
+    [
+        ("epoch start", 0),
+        ("epoch start", 2),
+        ("batch end", 1),
+        ("batch end", 2),
+        ("validation end", 2),
+        ("epoch end", 2),
+    ],
+)
+def test_a_run_goes_on_from_any_moment_and_then_again(make_run, tmp_path, limit, hook, step):
+    def run(watch, path=None):
+        validation = ArithmeticPrompts("validation", max_operand=9, num_validation=4)
+        made = make_run(watch, trainer={**limit, "num_sanity_val_steps": 0}, data={"val_prompts": validation})
+        made.fit(ckpt_path=path)
+        return made
+
+    first, second, third = (
+        SaveAt(tmp_path / "1.ckpt", hook, step),
+        SaveAt(tmp_path / "2.ckpt", "batch end", 4),
+        SaveAt(),
+    )
+    whole = run(first)
+    resumed = [run(second, tmp_path / "1.ckpt"), run(third, tmp_path / "2.ckpt")]
+    for watch, other in zip((second, third), resumed, strict=True):
+        assert torch.equal(weights_of(other), weights_of(whole))
+        assert (other.trainer.global_step, other.trainer.current_epoch) == (6, 3)
+        assert watch.calls == first.calls[-len(watch.calls) :]
+    assert len(third.calls) == 5
 
 
 def test_a_run_of_cut_rollouts_resumes_with_a_new_one(make_run, make_recorder, tmp_path):

@@ -453,7 +453,7 @@ def test_tied_weights_are_named_twice_and_counted_once(make_run):
 def test_a_checkpoint_names_its_model(make_run, make_recorder, model_folder, tmp_path):
     path = tmp_path / "run.ckpt"
     make_run(make_recorder(lambda trainer, *_: trainer.save_checkpoint(path))).fit()
-    assert torch.load(path, weights_only=True)["policy"] == {"model": model_folder}
+    assert torch.load(path, weights_only=True)["policy"] == {"model": model_folder, "peft": None}
 
 
 # ---------------------------------------------------------------- settings that cannot work
@@ -532,10 +532,13 @@ def small_steps(parameters):
     return torch.optim.AdamW(parameters, lr=1e-6)
 
 
-def test_a_run_in_bfloat16_with_small_steps_warns(make_run):
+def test_a_run_in_bfloat16_loses_its_small_steps_and_warns(make_run):
     run = make_run(trainer={"precision": "bf16-true"}, module={"optimizer": small_steps})
+    before = weights_of(make_started(make_run)).bfloat16()
     with pytest.warns(UserWarning, match=r"lr 1e-06 is too small for parameters in bfloat16: .* 32-true or bf16-mixed"):
         run.fit()
+    assert run.trainer.global_step == 2
+    assert (weights_of(run) != before).float().mean() < 0.05  # float32 parameters: more than 0.9, see below
 
 
 @pytest.mark.parametrize("objective", [TopKDPPO(5), SAPO(), DRPO(0.2)], ids=lambda objective: type(objective).__name__)

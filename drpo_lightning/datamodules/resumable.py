@@ -1,0 +1,124 @@
+"""Where a run on rollouts is, and what a checkpoint holds of it."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from drpo_lightning.batch import Rollout
+from drpo_lightning.datamodules.progress import align_progress
+from drpo_lightning.datamodules.rollout_state import check_same_split, dealt_out, rollout_from_state, rollout_to_state
+
+
+class ResumableRollouts(LightningDataModule):
+    """Counts rollouts and the micro-batches of the one in use; a checkpoint of any number of ranks goes on on another.
+
+    Args:
+        num_prompts: prompts per rollout, over all ranks.
+        group_size: completions per prompt.
+        num_updates: optimizer updates per rollout.
+        seed: of the split of a rollout.
+    """
+
+    def __init__(self, *, num_prompts: int, group_size: int, num_updates: int, seed: int) -> None:
+        super().__init__()
+        self.num_prompts = num_prompts
+        self.group_size = group_size
+        self.num_updates = num_updates
+        self.seed = seed
+        self.iteration = 0
+        """Rollouts made so far."""
+        self.rollout: Rollout | None = None
+        """The rollout in use, of this rank."""
+        self._position = 0
+        self._resumed = False
+
+    @property
+    def _trainer(self) -> Any:  # noqa: ANN401
+        assert self.trainer is not None, "the data module needs a trainer"
+        return self.trainer
+
+    @property
+    def _num_micro_batches(self) -> int:
+        """Micro-batches of a rollout on each rank."""
+        return self.num_updates * int(self._trainer.accumulate_grad_batches)
+
+    @property
+    def _num_trained_batches(self) -> int:
+        """Those of them that are trained on: all, unless `trainer.limit_train_batches` says otherwise."""
+        limit = self._trainer.limit_train_batches
+        return min(self._num_micro_batches, limit if isinstance(limit, int) else int(limit * self._num_micro_batches))
+
+    def _positions(self, iteration: int) -> range:
+        """Where this rank's prompts of a rollout stand in the stream of prompts."""
+        per_rank = self.num_prompts // self._trainer.world_size
+        first = iteration * self.num_prompts + self._trainer.global_rank * per_rank
+        return range(first, first + per_rank)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration, and every rank's rollout in use with the optimizer updates done on it. Collective over ranks.
+
+        A checkpoint in the middle of an update is one of before it: the update is begun again.
+        """
+        window = int(self._trainer.accumulate_grad_batches)
+        # Not `_position`: a micro-batch that was handed out may have been interrupted before it was trained on.
+        optimizer = self._trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer
+        updates = int(optimizer.step.current.completed)
+        rollouts: list[Any] = []
+        if self.rollout is not None and updates * window < self._num_trained_batches:
+            rollouts = self._of_all_ranks(rollout_to_state(self.rollout))
+        return {
+            "iteration": self.iteration,
+            "updates": updates,
+            "accumulate_grad_batches": window,
+            "split": self._split,
+            "rollouts": rollouts,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up this rank's part of `state_dict`, to go on training.
+
+        Raises:
+            SettingError: if the rollout in use cannot be split as it was.
+        """
+        if self._trainer.state.fn not in (None, "fit"):
+            return
+        self.iteration = state_dict["iteration"]
+        self._resumed = bool(state_dict["rollouts"])
+        if not self._resumed:
+            self.rollout = None
+            return
+        check_same_split(state_dict["split"], self._split)
+        ranks = {"rank": self._trainer.global_rank, "num_ranks": self._trainer.world_size}
+        self.rollout = rollout_from_state(dealt_out(state_dict["rollouts"], **ranks))
+        self._position = state_dict["updates"] * int(self._trainer.accumulate_grad_batches)
+
+    def align_progress(self, checkpoint: dict[str, Any]) -> None:
+        """Makes the progress of Lightning in a checkpoint that of this data module, before it is restored.
+
+        Args:
+            checkpoint: the whole of it, as in `LightningModule.on_load_checkpoint`; is changed.
+        """
+        saved = checkpoint.get(type(self).__qualname__)
+        if saved is None or self._trainer.state.fn != "fit":
+            return
+        align_progress(
+            checkpoint["loops"]["fit_loop"],
+            updates=saved["updates"],
+            is_rollout_done=saved["updates"] > 0 and not saved["rollouts"],
+            micro_batches=(saved["accumulate_grad_batches"], int(self._trainer.accumulate_grad_batches)),
+            num_batches=self._num_trained_batches,
+            has_max_steps=self._trainer.max_steps != -1,
+        )
+
+    @property
+    def _split(self) -> dict[str, int]:
+        """What the split of a rollout into updates depends on."""
+        return {name: getattr(self, name) for name in ("num_prompts", "group_size", "num_updates", "seed")}
+
+    def _of_all_ranks(self, value: Any) -> list[Any]:  # noqa: ANN401
+        values: list[Any] = [value]
+        if self._trainer.world_size > 1:
+            values = [None] * self._trainer.world_size
+            torch.distributed.all_gather_object(values, value)
+        return values

@@ -1,0 +1,138 @@
+"""The engine's side of a rollout: started when it is first needed, given the trainer's weights, asked for samples."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler
+
+from drpo_lightning.batch import Rollout, Sampling
+from drpo_lightning.datamodules.prompt_encoder import PromptEncoder
+from drpo_lightning.datamodules.scored_rollout import scored_rollout
+from drpo_lightning.errors import SettingError
+from drpo_lightning.rewards.base import Reward
+from drpo_lightning.rollout.engine import RolloutEngine
+from drpo_lightning.rollout.weights import WeightSource, check_weights, model_weight_shapes
+
+
+class RolloutSampler:
+    """Brings the trainer's weights into an engine, and samples and scores completions with it.
+
+    Args:
+        engine: what samples.
+        model: folder or hub name of the policy.
+        seed: seeds requests that have no seed of their own.
+        trust_remote_code: whether code that comes with the model may run.
+    """
+
+    def __init__(self, engine: RolloutEngine, model: str, *, seed: int, trust_remote_code: bool) -> None:
+        self.engine = engine
+        self.model = model
+        self.seed = seed
+        self.trust_remote_code = trust_remote_code
+        self.phase_seconds: dict[str, float] = {}
+        """What the last rollout took, in seconds: `sync`, `generate` and `reward`."""
+        self._expected_weights: dict[str, torch.Size] = {}
+        self._profiler: Profiler = PassThroughProfiler()
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Takes the time of a phase, for `phase_seconds` and for Lightning's profiler."""
+        started = time.perf_counter()
+        with self._profiler.profile(f"[RolloutDataModule]{name}"):
+            yield
+        self.phase_seconds[name] = time.perf_counter() - started
+
+    def make_ready(self, trainer: Any) -> None:  # noqa: ANN401
+        """Starts the engine, or wakes it."""
+        self._profiler = trainer.profiler
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.empty_cache()  # what the last update's activations took is the engine's now
+        if self.engine.is_started:
+            self.engine.wake()
+            return
+        adapter = _weight_source(trainer.lightning_module).adapter_config
+        if adapter is not None and not self.engine.supports_adapters:
+            raise SettingError(
+                f"`model.peft.sync: adapter` is not supported by {type(self.engine).__name__}; set it to `merged`"
+            )
+        self._expected_weights = model_weight_shapes(self.model, trust_remote_code=self.trust_remote_code)
+        self.engine.start(
+            self.model,
+            device=trainer.strategy.root_device,
+            num_ranks=trainer.world_size,
+            seed=self.seed + trainer.global_rank,
+            trust_remote_code=self.trust_remote_code,
+            adapter_rank=None if adapter is None else adapter["r"],
+        )
+
+    def load_weights(self, source: object) -> None:
+        """Sends the weights, or the adapters where they alone are synced, after checking names, shapes and finiteness.
+
+        Collective over ranks.
+
+        Args:
+            source: the LightningModule.
+
+        Raises:
+            ValueError: if the weights do not fit the engine's model, or one is NaN or infinite.
+        """
+        source = _weight_source(source)
+        with self._phase("sync"):
+            check_weights(source.weight_shapes(), self._expected_weights)
+            if not source.weights_are_finite():
+                raise ValueError(
+                    "a weight of the policy is NaN or infinite: it is not sent to the engine, whose cache would keep "
+                    "the damage. Lower the learning rate, or clip gradients (`trainer.gradient_clip_val`)"
+                )
+            if source.adapter_config is None:
+                self.engine.load_weights(source.named_weights())
+            else:  # the engine has started with the other weights, which do not change
+                self.engine.load_adapter(source.adapter_config, source.named_adapter_weights())
+
+    def sample(
+        self,
+        rows: Sequence[dict[str, Any]],
+        numbers: Sequence[int],
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        seeds: Sequence[int] | None,
+        num_topk: int,
+        encoder: PromptEncoder,
+        rewards: Sequence[Reward],
+    ) -> Rollout:
+        """Samples completions, decodes and scores them.
+
+        Args:
+            rows: a data set, encoded.
+            numbers: the rows of it that are sampled.
+            sampling: how completions are drawn.
+            num_samples: completions per prompt.
+            seeds: one per prompt; None leaves them to the engine.
+            num_topk: how many of mu's most likely tokens are asked for at each place.
+            encoder: the policy's tokenizer.
+            rewards: what scores.
+        """
+        chosen = [rows[number] for number in numbers]
+        with self._phase("generate"):
+            groups = self.engine.generate(
+                [row["prompt_ids"] for row in chosen],
+                sampling,
+                num_samples=num_samples,
+                stop_token_ids=encoder.stop_token_ids,
+                seeds=seeds,
+                num_topk=num_topk,
+            )
+        with self._phase("reward"):
+            return scored_rollout(
+                chosen, numbers, groups, num_samples=num_samples, tokenizer=encoder.tokenizer, rewards=rewards
+            )
+
+
+def _weight_source(module: object) -> WeightSource:
+    if not isinstance(module, WeightSource):
+        raise TypeError(f"the LightningModule must be a `WeightSource`, got {type(module).__name__}")
+    return module

@@ -1,0 +1,69 @@
+"""From rows of a data set and what the engine sampled after them to a scored rollout."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from drpo_lightning.batch import Completion, Rollout
+from drpo_lightning.errors import SettingError
+from drpo_lightning.rewards.base import Reward, RewardBatch, combine_rewards, score_rewards
+from drpo_lightning.rollout.engine import EngineError
+
+
+def scored_rollout(
+    rows: Sequence[dict[str, Any]],
+    row_numbers: Sequence[int],
+    groups: Sequence[Sequence[Completion]],
+    *,
+    num_samples: int,
+    tokenizer: Any,  # noqa: ANN401
+    rewards: Sequence[Reward],
+) -> Rollout:
+    """Decodes and scores the completions of some prompts.
+
+    Args:
+        rows: the prompts, encoded, with the data set's other columns.
+        row_numbers: which rows of the data set they are.
+        groups: completions of each prompt.
+        num_samples: how many completions a prompt should have.
+        tokenizer: the policy's.
+        rewards: what scores.
+
+    Raises:
+        EngineError: if there are more or fewer completions.
+        RewardError: if a reward fails.
+    """
+    completions = [completion for group in groups for completion in group]
+    if len(completions) != len(rows) * num_samples:
+        raise EngineError(f"the engine returned {len(completions)} completions for {len(rows) * num_samples}")
+    repeated = [row for row in rows for _ in range(num_samples)]
+    columns = sorted(set().union(*rows) - {"prompt", "prompt_ids"})
+    batch = RewardBatch(
+        prompts=[row["prompt"] for row in repeated],
+        completions=tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True),
+        completion_ids=[completion.token_ids for completion in completions],
+        finish_reasons=[completion.finish_reason for completion in completions],
+        columns={name: [row.get(name) for row in repeated] for name in columns},
+    )
+    parts = score_rewards(rewards, batch)
+    return Rollout(
+        prompts=list(batch.prompts),
+        prompt_ids=[row["prompt_ids"] for row in repeated],
+        completions=completions,
+        texts=list(batch.completions),
+        columns={name: list(values) for name, values in batch.columns.items()},
+        group_size=num_samples,
+        rewards=combine_rewards(parts, {reward.name: reward.weight for reward in rewards}),
+        reward_parts=parts,
+        prompt_numbers=[number for number in row_numbers for _ in range(num_samples)],
+    )
+
+
+def check_columns(rows: Sequence[dict[str, Any]], rewards: Sequence[Reward], key: str) -> None:
+    """Raises `SettingError` if a row of the setting `key` lacks a column that a reward needs."""
+    for reward in rewards:
+        for i, row in enumerate(rows):
+            if missing := [name for name in reward.required_columns if name not in row]:
+                raise SettingError(
+                    f"`{key}`: row {i} has no column {missing[0]!r}, which the reward {reward.name!r} needs; "
+                    f"it has {sorted(row)}"
+                )
