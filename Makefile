@@ -1,13 +1,14 @@
 # make quickstart   sets everything up, trains the small model, says how to look at the result
 # make test         sets everything up if needed, checks style and types, runs the tests
 # make test-browser opens TensorBoard and the report in headless Chromium, keeps pictures of them in docs/
+# make test-reliability kills runs and engines, fuzzes configurations: some minutes
 # make gpu          runs the tests that need a CUDA GPU
 # make study        makes the study's runs that are not in study/results.jsonl yet, and docs/study.md from them
 PYTHON ?= python3
 RUN := .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup quickstart test test-browser lint types unit gpu study study-smoke format lock
+.PHONY: help setup quickstart test test-browser test-reliability lint types unit gpu study study-smoke format lock
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -31,11 +32,14 @@ gpu: setup
 	@$(RUN) -m pytest -m gpu
 
 unit: setup
-	@$(RUN) -m pytest -m "not gpu and not browser"
+	@$(RUN) -m pytest -m "not gpu and not browser and not reliability"
 
 test-browser: setup
 	@$(RUN) -m pip install -q "selenium>=4.30"
 	@DRPO_PICTURES=docs $(RUN) -m pytest -m browser tests/browser
+
+test-reliability: setup
+	@$(RUN) -m pytest -m reliability
 
 study: setup
 	@$(RUN) -m study

@@ -1,5 +1,6 @@
 """Which samples of a rollout an optimizer update takes, and how they are put into micro-batches."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,28 +12,34 @@ from drpo_lightning.datamodules.seeds import seed_of
 from drpo_lightning.errors import SettingError
 
 
-def update_rows(seeds: Sequence[int], *, group_size: int, num_updates: int, first_prompt: int = 0) -> list[list[int]]:
+def prompts_per_block(group_size: int, num_updates: int) -> int:
+    """Fewest prompts whose samples can be shared evenly among the updates.
+
+    Every rank has a whole number of such blocks if its samples can be: which samples make an update can be decided
+    block by block, whichever rank has the block.
+    """
+    return num_updates // math.gcd(group_size, num_updates)
+
+
+def update_rows(seeds: Sequence[int], *, group_size: int, num_updates: int) -> list[list[int]]:
     """The samples of each optimizer update, whichever ranks hold them.
 
-    The samples of every prompt are permuted by the prompt's seed, and numbered through the whole rollout: the i-th
-    prompt's from i * `group_size` on, in that order. The sample with number n belongs to update n mod `num_updates`.
-    So an update takes as many samples of a prompt as every other, or one more or less.
+    The samples of each block of prompts are dealt out to the updates at random, equally many to each.
 
     Args:
-        seeds: one for each of this rank's prompts, which is the same on whichever rank the prompt is.
+        seeds: one for each of this rank's blocks of `prompts_per_block` prompts, the same on whichever rank it is.
         group_size: samples per prompt.
         num_updates: updates of the rollout.
-        first_prompt: place of this rank's first prompt in the rollout over all ranks.
 
     Returns:
         Rows of this rank's rollout, a list per update.
     """
+    size = prompts_per_block(group_size, num_updates) * group_size
     updates: list[list[int]] = [[] for _ in range(num_updates)]
-    for i, seed in enumerate(seeds):
-        order = torch.randperm(group_size, generator=torch.Generator().manual_seed(seed)).tolist()
-        for place, sample in enumerate(order):
-            number = (first_prompt + i) * group_size + place
-            updates[number % num_updates].append(i * group_size + sample)
+    for block, seed in enumerate(seeds):
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+        for rows, dealt in zip(updates, order.view(num_updates, -1).tolist(), strict=True):
+            rows.extend(block * size + row for row in dealt)
     return updates
 
 
@@ -42,24 +49,20 @@ def shuffled_chunks(rows: Sequence[int], *, num_chunks: int, seed: int) -> list[
     return [[rows[place] for place in chunk] for chunk in (part.tolist() for part in order.chunk(num_chunks))]
 
 
-def micro_batch_rows(
-    positions: range, *, seed: int, num_prompts: int, group_size: int, num_updates: int, window: int
-) -> list[list[int]]:
+def micro_batch_rows(positions: range, *, seed: int, group_size: int, num_updates: int, window: int) -> list[list[int]]:
     """Samples of each micro-batch of a rank's rollout, the updates one after the other.
 
     Args:
         positions: where this rank's prompts stand in the stream of prompts.
         seed: of the split.
-        num_prompts: prompts of the rollout, over all ranks.
         group_size: samples per prompt.
         num_updates: updates of the rollout.
         window: micro-batches of an update.
     """
     updates = update_rows(
-        [seed_of(seed, "split", position) for position in positions],
+        [seed_of(seed, "split", position) for position in positions[:: prompts_per_block(group_size, num_updates)]],
         group_size=group_size,
         num_updates=num_updates,
-        first_prompt=positions.start % num_prompts,
     )
     seeds = [seed_of(seed, "micro-batches", positions.start, update) for update in range(num_updates)]
     chunks = [shuffled_chunks(rows, num_chunks=window, seed=s) for rows, s in zip(updates, seeds, strict=True)]

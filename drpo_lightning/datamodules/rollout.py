@@ -328,7 +328,6 @@ class RolloutDataModule(ResumableRollouts):
         chunks = micro_batch_rows(
             self._positions(self.iteration - 1),
             seed=self.seed,
-            num_prompts=self.num_prompts,
             group_size=self.group_size,
             num_updates=self.num_updates,
             window=window,

@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from drpo_lightning.batch import Completion, Rollout
-from drpo_lightning.datamodules.micro_batches import check_batch_sizes, shuffled_chunks, update_rows, update_sizes
+from drpo_lightning.datamodules.micro_batches import (
+    check_batch_sizes,
+    prompts_per_block,
+    shuffled_chunks,
+    update_rows,
+    update_sizes,
+)
 from drpo_lightning.datamodules.seeds import seed_of
 from drpo_lightning.errors import SettingError
 
-SPLITS = [(8, 8, 4), (8, 6, 4), (4, 3, 3), (8, 2, 4), (12, 5, 3), (4, 4, 1), (8, 3, 2)]
+SPLITS = [(8, 8, 4), (8, 6, 4), (4, 3, 3), (8, 2, 4), (12, 5, 3), (4, 4, 1), (8, 3, 2), (16, 8, 32)]
 """Prompts, samples of each, updates."""
 
 
@@ -20,8 +26,9 @@ def split_over(num_ranks, num_prompts, group_size, num_updates, seed=0):
     result = []
     for rank in range(num_ranks):
         first = rank * per_rank
-        seeds = [seed_of(seed, prompt) for prompt in range(first, first + per_rank)]
-        rows = update_rows(seeds, group_size=group_size, num_updates=num_updates, first_prompt=first)
+        block = prompts_per_block(group_size, num_updates)
+        seeds = [seed_of(seed, prompt) for prompt in range(first, first + per_rank, block)]
+        rows = update_rows(seeds, group_size=group_size, num_updates=num_updates)
         result.append([[first * group_size + row for row in update] for update in rows])
     return [[ranks[update] for ranks in result] for update in range(num_updates)]
 
@@ -39,29 +46,36 @@ def test_an_update_takes_the_same_samples_on_any_number_of_ranks(num_prompts, gr
 
 
 @pytest.mark.parametrize(("num_prompts", "group_size", "num_updates"), SPLITS)
-def test_every_sample_is_in_one_update_and_prompts_are_spread_evenly(num_prompts, group_size, num_updates):
+def test_every_sample_is_in_one_update_and_blocks_are_spread_evenly(num_prompts, group_size, num_updates):
     updates = [rows for (rows,) in split_over(1, num_prompts, group_size, num_updates)]
     assert sorted(row for rows in updates for row in rows) == list(range(num_prompts * group_size))
     assert len({len(rows) for rows in updates}) == 1
-    for prompt in range(num_prompts):
-        counts = [sum(row // group_size == prompt for row in rows) for rows in updates]
-        assert max(counts) - min(counts) <= 1
+    block = prompts_per_block(group_size, num_updates) * group_size
+    for start in range(0, num_prompts * group_size, block):
+        counts = [sum(start <= row < start + block for row in rows) for rows in updates]
+        assert set(counts) == {block // num_updates}
 
 
-def test_every_sample_of_a_prompt_comes_into_every_update():
+@pytest.mark.parametrize(("num_prompts", "group_size", "num_updates"), [(1, 4, 2), (2, 2, 4)])
+def test_every_sample_comes_into_every_update(num_prompts, group_size, num_updates):
     places = Counter()
     for seed in range(400):
-        for update, (rows,) in enumerate(split_over(1, 1, 4, 2, seed)):
+        for update, (rows,) in enumerate(split_over(1, num_prompts, group_size, num_updates, seed)):
             places.update((update, row) for row in rows)
-    assert len(places) == 8
-    assert all(abs(count - 200) < 50 for count in places.values()), "five standard deviations"
+    assert len(places) == num_updates * num_prompts * group_size
+    expected = 400 / num_updates
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in places.values()), "five standard deviations"
 
 
-def test_the_split_of_a_prompt_depends_on_its_own_seed_alone():
-    alone = update_rows([7], group_size=6, num_updates=3)
-    among = update_rows([1, 7, 2], group_size=6, num_updates=3)
-    assert [[row - 6 for row in rows if 6 <= row < 12] for rows in among] == alone
-    assert update_rows([8], group_size=6, num_updates=3) != alone
+def test_a_block_is_the_fewest_prompts_that_can_be_shared_evenly():
+    assert [prompts_per_block(8, updates) for updates in (1, 4, 8, 16, 32, 6, 5)] == [1, 1, 1, 2, 4, 3, 5]
+
+
+def test_the_split_of_a_block_depends_on_its_own_seed_alone():
+    alone = update_rows([7], group_size=6, num_updates=4)
+    among = update_rows([1, 7, 2], group_size=6, num_updates=4)
+    assert [[row - 12 for row in rows if 12 <= row < 24] for rows in among] == alone
+    assert update_rows([8], group_size=6, num_updates=4) != alone
 
 
 def test_chunks_hold_every_row_once_in_a_random_order():
