@@ -2,13 +2,14 @@
 # make test         sets everything up if needed, checks style and types, runs the tests
 # make test-browser opens TensorBoard and the report in headless Chromium, keeps pictures of them in docs/
 # make test-reliability kills runs and engines, fuzzes configurations: some minutes
+# make audit        looks the locked packages up in the Python Packaging Advisory Database
 # make gpu          runs the tests that need a CUDA GPU
 # make study        makes the study's runs that are not in study/results.jsonl yet, and docs/study.md from them
 PYTHON ?= python3
 RUN := .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup quickstart test test-browser test-reliability lint types unit gpu study study-smoke format lock
+.PHONY: help setup quickstart test test-browser test-reliability audit lint types unit gpu study study-smoke format lock
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -40,6 +41,10 @@ test-browser: setup
 
 test-reliability: setup
 	@$(RUN) -m pytest -m reliability
+
+audit: setup
+	@$(RUN) -m pip install -q "pip-audit>=2.9"
+	@$(RUN) -m pip_audit -r requirements/cpu.lock --no-deps --disable-pip
 
 study: setup
 	@$(RUN) -m study

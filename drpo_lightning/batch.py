@@ -88,8 +88,9 @@ class Rollout:
         texts: decoded completions without special tokens.
         columns: the data set's other columns, one value per sample.
         group_size: samples per prompt.
-        rewards: weighted sum of the rewards, one per sample.
-        reward_parts: each reward by name, one value per sample, NaN where it does not apply.
+        rewards: weighted sum of the rewards, one per sample; NaN for a sample that is dropped: a reward failed on it,
+            and it is left out of its group and of the training.
+        reward_parts: each reward by name, one value per sample, NaN where it does not apply or has dropped the sample.
         prompt_numbers: row of the data set that each prompt is, once per sample.
         proximal_logprobs: log pi_prox of each sampled token, in nats, under the trainer's weights of the rollout, one
             list per sample; None if no objective asks for it.
@@ -97,6 +98,9 @@ class Rollout:
             sample; None without a reference.
         reference_penalties: what the divergence from the reference takes off each reward, one value per sample, in
             units of reward; None if it takes nothing. `rewards` is without it.
+        reward_errors: True where a reward failed for any reason but time, one value per sample, by its name; of the
+            rewards that may fail.
+        reward_timeouts: True where a reward took too long, likewise.
     """
 
     prompts: list[str]
@@ -111,6 +115,8 @@ class Rollout:
     proximal_logprobs: list[list[float]] | None = None
     reference_logprobs: list[list[float]] | None = None
     reference_penalties: Float[Tensor, " samples"] | None = None
+    reward_errors: dict[str, Bool[Tensor, " samples"]] = field(default_factory=dict)
+    reward_timeouts: dict[str, Bool[Tensor, " samples"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -121,8 +127,13 @@ class Rollout:
         return sum(len(completion.token_ids) for completion in self.completions)
 
     @property
+    def is_kept(self) -> Bool[Tensor, " samples"]:
+        """False on the samples that are dropped."""
+        return ~self.rewards.isnan()
+
+    @property
     def group_rewards(self) -> Float[Tensor, "groups samples"]:
-        """Rewards, a row per prompt."""
+        """Rewards, a row per prompt; NaN on dropped samples."""
         return self.rewards.view(-1, self.group_size)
 
     @property
@@ -141,11 +152,12 @@ class RolloutBatch:
     Args:
         input_ids: prompt and completion, padded on the right.
         attention_mask: True on prompt and completion, False on padding.
-        completion_mask: True on sampled tokens.
+        completion_mask: True on sampled tokens; nowhere in the row of a dropped sample.
         rollout_logprobs: log mu in nats, 0 outside the completions.
         advantages: A of each token, in units of reward, 0 outside the completions.
         num_update_tokens: completion tokens of the optimizer update, over all its micro-batches and ranks.
-        num_update_sequences: sequences of the optimizer update, over all its micro-batches and ranks.
+        num_update_sequences: sequences of the optimizer update, over all its micro-batches and ranks; like the tokens,
+            without dropped samples.
         sample_ids: which sample of this rank's rollout each row is.
         proximal_logprobs: log pi_prox in nats, 0 outside the completions; None if no objective asks for it.
         topk_ids: the K most likely tokens under mu, 0 outside the completions; None if no objective asks for them.
@@ -183,7 +195,7 @@ class RolloutBatch:
     def collate(
         rollout: Rollout,
         rows: list[int],
-        advantages: Float[Tensor, " samples"],
+        advantages: Float[Tensor, " samples"] | None,
         *,
         pad_token_id: int,
         num_update_tokens: int,
@@ -191,10 +203,13 @@ class RolloutBatch:
     ) -> "RolloutBatch":
         """Pads the samples `rows` of a rollout to the longest of them.
 
+        The row of a dropped sample has no completion tokens: nothing is trained on it, and no statistic counts it.
+
         Args:
             rollout: the samples.
             rows: indices of the samples.
-            advantages: A of every sample of the rollout.
+            advantages: A of every sample of the rollout. None for a batch that is only scored: its advantages are 0,
+                and dropped samples are like the others.
             pad_token_id: id that fills `input_ids`; it is never attended to.
             num_update_tokens: see the class.
             num_update_sequences: see the class.
@@ -221,13 +236,17 @@ class RolloutBatch:
         if (topk := rollout.completions[rows[0]].topk_ids) is not None:
             batch.topk_ids = torch.zeros(*shape, topk.shape[1], dtype=torch.long)
             batch.topk_logprobs = torch.zeros(*shape, topk.shape[1])
+        is_kept = rollout.is_kept.tolist()
         for i, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
             completion = slice(len(rollout.prompt_ids[row]), len(sequence))
             batch.input_ids[i, : len(sequence)] = torch.tensor(sequence)
             batch.attention_mask[i, : len(sequence)] = True
+            if advantages is not None and not is_kept[row]:
+                continue
             batch.completion_mask[i, completion] = True
             batch.rollout_logprobs[i, completion] = torch.tensor(rollout.completions[row].logprobs)
-            batch.advantages[i, completion] = advantages[row]
+            if advantages is not None:
+                batch.advantages[i, completion] = advantages[row]
             for name, logprobs in recomputed.items():
                 getattr(batch, name)[i, completion] = torch.tensor(logprobs[row])
             sampled = rollout.completions[row]

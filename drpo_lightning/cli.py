@@ -8,11 +8,14 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from drpo_lightning.callbacks import RolloutProgress
+from drpo_lightning.callbacks.end_request import Terminated
 from drpo_lightning.datamodules import RolloutDataModule
 from drpo_lightning.errors import SettingError
 from drpo_lightning.modules import PolicyModule
+from drpo_lightning.resume import checkpoint_folders, checkpoint_to_resume, go_on_as_its_run
 
 TRAINER_DEFAULTS = {
     "max_epochs": 100,  # an epoch is a rollout
@@ -20,6 +23,13 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": -1,  # the validation before the first update
     "use_distributed_sampler": False,  # the data module gives every rank its own prompts
 }
+
+HINTS = {
+    "requires a GPU accelerator": "Or take `ddp` or ModelParallelStrategy, which run on a CPU.",
+    "invalid strategy name": "A class is written {class_path: ModelParallelStrategy, init_args: {data_parallel_size: "
+    "2, tensor_parallel_size: 1}}.",
+}
+"""What helps beyond Lightning's own messages, by a part of them."""
 
 
 class DRPOCommandLine(LightningCLI):
@@ -45,9 +55,8 @@ class DRPOCommandLine(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            needs_gpu = "requires a GPU accelerator" in str(error)
-            hint = " Or take `ddp` or ModelParallelStrategy, which run on a CPU." if needs_gpu else ""
-            self.parser.error(str(error) + hint)
+            hints = [hint for part, hint in HINTS.items() if part in str(error)]
+            self.parser.error(" ".join([str(error), *hints]))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
         """Adds the progress bar, unless the configuration has one or wants none."""
@@ -66,6 +75,35 @@ class DRPOCommandLine(LightningCLI):
                 "that, or 32-true"
             )
         return trainer
+
+    def before_fit(self) -> None:
+        """Finds the checkpoint to go on from; from `last`, the run goes on in its log folder."""
+        config = self._loading_tensors_only("fit")
+        is_last = config.get("ckpt_path") == "last"
+        config["ckpt_path"] = path = checkpoint_to_resume(self.trainer, config.get("ckpt_path"))
+        if path is not None:
+            # Lightning leaves it out in the middle of an epoch only; it would change what was loaded.
+            self.trainer.num_sanity_val_steps = 0
+        if is_last and path is not None:
+            go_on_as_its_run(self.trainer, path)
+        elif is_last:
+            rank_zero_info("`--ckpt_path last`: there is no checkpoint yet, the run starts from the beginning")
+
+    def before_validate(self) -> None:
+        """Finds the checkpoint to validate."""
+        config = self._loading_tensors_only("validate")
+        asked = config.get("ckpt_path")
+        config["ckpt_path"] = checkpoint_to_resume(self.trainer, asked)
+        if asked == "last" and config["ckpt_path"] is None:
+            folders = ", ".join(map(str, checkpoint_folders(self.trainer)))
+            raise SettingError(f"`--ckpt_path last`: there is no checkpoint in {folders or 'any folder'}")
+
+    def _loading_tensors_only(self, subcommand: str) -> Any:  # noqa: ANN401
+        """The subcommand's settings; a checkpoint runs no code that a pickle may bring, unless that is asked for."""
+        config = self.config_init[subcommand]
+        if config.get("weights_only") is None:
+            config["weights_only"] = True
+        return config
 
     def _parse_ckpt_path(self) -> None:
         """Lets the configuration win over hyperparameters that a checkpoint may hold."""
@@ -86,3 +124,5 @@ def main() -> None:
         )
     except SettingError as error:
         sys.exit(f"drpo: error: {error}")
+    except Terminated as error:
+        sys.exit(error.exit_code)

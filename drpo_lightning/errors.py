@@ -1,4 +1,4 @@
-"""The error of a setting that cannot work."""
+"""Errors that are told apart from others."""
 
 
 class SettingError(ValueError):
@@ -6,3 +6,7 @@ class SettingError(ValueError):
 
     Raised before anything heavy starts. The command line prints it without a traceback.
     """
+
+
+class NonFiniteError(RuntimeError):
+    """A number of the training is NaN or infinite; the message names it and the samples, and the run stops."""

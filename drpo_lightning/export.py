@@ -46,12 +46,14 @@ def write_model(
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        ValueError: if the weights are not those of the model.
+        ValueError: if the weights are not those of the model, or the folder holds adapters.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     from drpo_lightning.rollout.weights import check_weights
 
+    if (Path(folder) / "adapter_config.json").exists():
+        raise ValueError(f"the folder {str(folder)!r} holds adapters, which would be added to the model; take another")
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         language_model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -87,7 +89,7 @@ def check_exported(folder: str | Path, weights: Mapping[str, Tensor]) -> None:
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
-                if not torch.equal(file.get_tensor(name), weights[name]):
+                if name not in weights or not torch.equal(file.get_tensor(name), weights[name]):
                     raise RuntimeError(f"the exported tensor {name!r} in {path} is not what was to be written")
                 written.add(name)
     missing = [

@@ -34,4 +34,6 @@ def log_metrics(
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
     by_lightning = None if is_validation_alone else False
-    pl_module.log_dict(values, logger=by_lightning, batch_size=1, sync_dist=is_epoch_end)
+    # On one rank it changes nothing; vLLM in this process has a process group, and Lightning would warn.
+    is_synced = is_epoch_end or trainer.world_size == 1
+    pl_module.log_dict(values, logger=by_lightning, batch_size=1, sync_dist=is_synced)

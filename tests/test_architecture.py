@@ -19,15 +19,18 @@ FLOORS = {
     "rewards": 1,
     "logs": 1,
     "charts": 1,
+    "checkpoints": 1,
+    "log_position": 1,
     "modules": 2,
     "datamodules": 2,
     "callbacks": 3,
     "export": 3,
     "report": 3,
+    "resume": 3,
     "cli": 4,
     "__main__": 4,
 }
-SAME_FLOOR = {("callbacks", "export"), ("__main__", "cli")}
+SAME_FLOOR = {("callbacks", "export"), ("resume", "callbacks"), ("__main__", "cli")}
 STDLIB_OF_PURE_CODE = {"abc", "collections", "dataclasses", "math", "types", "typing"}
 PURE = {
     "functional": STDLIB_OF_PURE_CODE | {"torch", "jaxtyping", "drpo_lightning.functional"},

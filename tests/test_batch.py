@@ -1,5 +1,6 @@
 """The data that travels."""
 
+import math
 from dataclasses import replace
 
 import jaxtyping
@@ -129,6 +130,26 @@ def test_collate_without_pi_prox_pi_ref_and_top_k_has_none():
     batch = collate([0, 1])
     assert (batch.proximal_logprobs, batch.reference_logprobs) == (None, None)
     assert (batch.topk_ids, batch.topk_logprobs) == (None, None)
+
+
+def test_the_row_of_a_dropped_sample_has_no_completion_tokens():
+    dropped = replace(rollout_with_more(), rewards=torch.tensor([math.nan, 0.0, 0.5, 0.25]))
+    assert dropped.is_kept.tolist() == [False, True, True, True]
+    batch, whole = (collate([0, 3], lambda of=of: of) for of in (dropped, rollout_with_more()))
+    assert torch.equal(batch.input_ids, whole.input_ids)
+    assert torch.equal(batch.attention_mask, whole.attention_mask)
+    per_token = ("completion_mask", "rollout_logprobs", "advantages", "proximal_logprobs", "reference_logprobs")
+    for name in (*per_token, "topk_ids", "topk_logprobs"):
+        assert not getattr(batch, name)[0].any()
+        assert torch.equal(getattr(batch, name)[1], getattr(whole, name)[1])
+
+
+def test_a_batch_that_is_only_scored_has_dropped_samples_too():
+    dropped = replace(rollout(), rewards=torch.full((4,), math.nan))
+    sizes = {"pad_token_id": 99, "num_update_tokens": 0, "num_update_sequences": 0}
+    batch = RolloutBatch.collate(dropped, [0, 1, 3], None, **sizes)
+    assert torch.equal(batch.completion_mask, collate([0, 1, 3]).completion_mask)
+    assert batch.advantages.eq(0).all()
 
 
 def test_a_row_knows_its_sample():

@@ -122,6 +122,7 @@ def test_a_progress_bar_is_there_unless_it_is_not_wanted(build):
         (["--model.aggregation=mean"], r"model\.aggregation"),
         (["--model.aggregation=seq_mean_token_sum_norm"], r"`model\.horizon` must be positive"),
         (["--trainer.precision=16-mixed"], r"16-mixed needs a CUDA GPU.*set that, or 32-true"),
+        (["--trainer.strategy=ModelParallelStrategy"], r"invalid strategy name.*A class is written \{class_path:"),
         (["--trainer.strategy=fsdp"], r"requires a GPU accelerator.*Or take `ddp` or ModelParallelStrategy"),
         (
             [f"--trainer.strategy={FSDP2}", "--trainer.precision=16-mixed"],

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM
 
 from drpo_lightning.export import check_exported, export_checkpoint, main, read_checkpoint, write_model
+from drpo_lightning.rollout.adapters import write_adapter
 
 
 @pytest.fixture
@@ -20,6 +21,18 @@ def trained(make_run, make_recorder, tmp_path):
     run = make_run(make_recorder(lambda trainer, *_: trainer.save_checkpoint(path)))
     run.fit()
     return {name: tensor.clone() for name, tensor in run.module.named_weights()}, path
+
+
+def test_a_model_and_its_adapters_do_not_share_a_folder(trained, model_folder, tmp_path):
+    # transformers would load the adapters on top of the model that they were merged into.
+    write_model(model_folder, trained[0], tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model' holds a model, on which adapters would be loaded; take another"):
+        write_adapter(tmp_path / "model", {}, [])
+    write_adapter(tmp_path / "adapter", {}, [("base_model.model.q.lora_A.weight", torch.ones(1))])
+    with pytest.raises(ValueError, match=r"adapter' holds adapters, which would be added to the model; take another"):
+        write_model(model_folder, trained[0], tmp_path / "adapter")
+    with pytest.raises(RuntimeError, match=r"'base_model\.model\.q\.lora_A\.weight' .* is not what was to be written"):
+        check_exported(tmp_path / "adapter", trained[0])
 
 
 @pytest.fixture

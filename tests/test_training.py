@@ -134,6 +134,7 @@ def logged(folder, *arguments):
     }
 
 
+FSDP1 = "{class_path: tests.distributed.strategies.CPUFSDPStrategy, init_args: {state_dict_type: sharded}}"
 FSDP2 = "{class_path: ModelParallelStrategy, init_args: {data_parallel_size: 2, tensor_parallel_size: 1}}"
 
 
@@ -145,14 +146,31 @@ def test_ranks_and_micro_batches_change_nothing(tmp_path):
         "ddp": ["--trainer.devices=2", "--trainer.strategy=ddp"],
         "fsdp2": ["--trainer.devices=2", f"--trainer.strategy={FSDP2}", "--trainer.accumulate_grad_batches=2"],
     }
+    assert_equal_logs(tmp_path, runs, {"optim/loss", "optim/grad_norm", "divergence/k3_kl", "grad_weight/mean"})
+
+
+def test_adapters_and_a_reference_do_not_depend_on_ranks(tmp_path):
+    settings = ["--model.peft.r=4", "--model.reference.beta=0.1", "--data.num_prompts=16", "--data.num_updates=2"]
+    settings += ["--trainer.callbacks+=ReferenceDivergence", "--model.optimizer.lr=1e-3"]
+    settings += ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0"]
+    two = [*settings, "--trainer.devices=2"]
+    runs = {
+        "whole": settings,
+        "ddp": [*two, "--trainer.strategy=ddp"],
+        "fsdp1": [*two, f"--trainer.strategy={FSDP1}"],
+        "fsdp2": [*two, f"--trainer.strategy={FSDP2}"],
+    }
+    assert_equal_logs(tmp_path, runs, {"optim/reference_penalty", "reference/k3_kl", "optim/grad_norm"})
+
+
+def assert_equal_logs(tmp_path, runs, expected):
+    """Each run logs what the one named "whole" does, and that holds the expected names."""
     metrics = {}
     for name, arguments in runs.items():
         (tmp_path / name).mkdir()
         metrics[name] = logged(tmp_path / name, *arguments)
     whole = metrics.pop("whole")
-    assert {"optim/loss", "optim/grad_norm", "divergence/k3_kl", "grad_weight/mean", "reward/mean"} <= {
-        name for name, _ in whole
-    }
+    assert expected <= {name for name, _ in whole}
     for name, other in metrics.items():
         assert other.keys() == whole.keys(), name
         for key in whole:

@@ -1,13 +1,17 @@
 """Callbacks: rewards, the trust region's statistics, the sync probe, what is shown and what is exported."""
 
 from drpo_lightning.callbacks.adaptive_delta import AdaptiveDelta
+from drpo_lightning.callbacks.async_reward import AsyncReward
 from drpo_lightning.callbacks.completion_logger import CompletionLogger
 from drpo_lightning.callbacks.dashboard import Dashboard
 from drpo_lightning.callbacks.divergence import Divergence
 from drpo_lightning.callbacks.divergence_proxy import DivergenceProxy
 from drpo_lightning.callbacks.export_policy import ExportPolicy
+from drpo_lightning.callbacks.fallible_reward import FallibleReward
 from drpo_lightning.callbacks.guardrail import Guardrail, Rule
+from drpo_lightning.callbacks.http_judge_reward import HTTPJudgeReward
 from drpo_lightning.callbacks.hyperparameters import HyperparameterLogger
+from drpo_lightning.callbacks.isolated_reward import IsolatedReward
 from drpo_lightning.callbacks.mask_statistics import MaskStatistics
 from drpo_lightning.callbacks.mismatch_and_drift import MismatchAndDrift
 from drpo_lightning.callbacks.policy_checkpoint import PolicyCheckpoint
@@ -24,15 +28,19 @@ from drpo_lightning.callbacks.token_table import TokenTable
 
 __all__ = [
     "AdaptiveDelta",
+    "AsyncReward",
     "CompletionLogger",
     "Dashboard",
     "Divergence",
     "DivergenceProxy",
     "ExactMatchReward",
     "ExportPolicy",
+    "FallibleReward",
     "FunctionReward",
     "Guardrail",
+    "HTTPJudgeReward",
     "HyperparameterLogger",
+    "IsolatedReward",
     "MaskStatistics",
     "MismatchAndDrift",
     "NumericAnswerReward",

@@ -25,13 +25,11 @@ class CompletionLogger(Callback, RolloutHooks):
         self.num_groups = num_groups
         self.every_n_rollouts = every_n_rollouts
         self.max_characters = max_characters
-        self._rollouts = 0
 
     def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:  # noqa: ARG002
         """Writes the table."""
-        is_due = self._rollouts % self.every_n_rollouts == 0
-        self._rollouts += 1
-        if is_due:
+        rollouts_before = trainer.datamodule.iteration - 1  # type: ignore[attr-defined] # of a resumed run too
+        if rollouts_before % self.every_n_rollouts == 0:
             table = completion_table(rollout, self.num_groups * rollout.group_size, self.max_characters)
             for writer in tensorboard_writers(trainer):
                 writer.add_text("completions", table, trainer.global_step)

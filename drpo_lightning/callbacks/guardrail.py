@@ -1,7 +1,6 @@
 """Stops a run, or slows it down, when a logged value says that it has gone wrong."""
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from drpo_lightning.callbacks.tensorboard import tensorboard_writers
+from drpo_lightning.checkpoints import save_checkpoint
 from drpo_lightning.errors import SettingError
 from drpo_lightning.logs import log_interval, log_metrics
 
@@ -52,7 +52,6 @@ DEFAULT_RULES = (
     Rule("entropy/rollout", min=0.01),
     Rule("sync/probe_logprob_diff", max=1.0),
 )
-MUST_BE_FINITE = ("optim/loss", "optim/grad_norm")
 LEARNING_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 """Entries of a parameter group that PyTorch's schedulers read learning rates from."""
 SCHEDULER_LEARNING_RATES = {"base_lrs", "max_lrs", "eta_min"}
@@ -70,9 +69,8 @@ class Guardrail(Callback):
     - `entropy/rollout` at least 0.01 nats: below it the samples of a prompt are the same, and teach nothing.
     - `sync/probe_logprob_diff` at most 1 nat: the engine's weights are not the trainer's.
 
-    Besides them, a loss or gradient norm that is NaN or infinite always stops the run, at once and without a last
-    validation, since the policy may be spoilt. (Not the gradient norm in `16-mixed`: there the loss scaler leaves such
-    updates out and goes on.)
+    A NaN or infinite loss or gradient is not for a rule: `PolicyModule` stops the run before such an update, or leaves
+    it out, see `max_skipped_updates`.
 
     A rule is judged whenever its value is logged anew in training: before the next micro-batch, which is still
     trained, or at the end of the rollout. When it is violated `patience` times in succession, a warning says so,
@@ -86,7 +84,7 @@ class Guardrail(Callback):
       can act again after `patience` more violations. Schedules of PyTorch and transformers keep their shape.
 
     Args:
-        rules: take the place of the default rules; `[]` leaves only the check for NaN. At most one rule of a metric.
+        rules: take the place of the default rules. At most one rule of a metric.
         action: `stop` or `lower_learning_rate`.
         factor: of the learning rate, in (0, 1).
         patience: violations in succession after which a rule acts.
@@ -163,14 +161,14 @@ class Guardrail(Callback):
         if not values or self.stopped:
             return
         # Some values, such as times, differ between ranks: rank 0 decides, on what it writes to the logs.
-        broken, reasons = trainer.strategy.broadcast((_not_finite(values, trainer.precision), self._reasons(values)))
-        if broken or reasons:
-            self._act(trainer, pl_module, broken, "; ".join(broken + reasons), is_epoch_end=is_epoch_end)
+        reasons = trainer.strategy.broadcast(self._reasons(values))
+        if reasons:
+            self._act(trainer, pl_module, "; ".join(reasons), is_epoch_end=is_epoch_end)
 
     def _new_values(self, trainer: Trainer) -> dict[str, float]:
         """The watched values that were logged since the last call."""
         metrics = trainer.callback_metrics
-        watched = {name: metrics[name] for name in (*MUST_BE_FINITE, *self._bounds) if name in metrics}
+        watched = {name: metrics[name] for name in self._bounds if name in metrics}
         # Logging makes a new tensor; the old one is kept in `_latest`, so that its memory is not taken by the new one.
         new = {
             name: value
@@ -195,16 +193,14 @@ class Guardrail(Callback):
                 reasons.append(violation + (f", {self.patience} times in succession" if self.patience > 1 else ""))
         return sorted(reasons)
 
-    def _act(
-        self, trainer: Trainer, pl_module: LightningModule, broken: Sequence[str], reason: str, *, is_epoch_end: bool
-    ) -> None:
+    def _act(self, trainer: Trainer, pl_module: LightningModule, reason: str, *, is_epoch_end: bool) -> None:
         """Reports the reason, keeps the state, and stops the run or lowers the learning rate."""
-        stops = bool(broken) or self.action == "stop"
+        stops = self.action == "stop"
         log_metrics(trainer, pl_module, {"guardrail/triggered": 1.0}, is_epoch_end=is_epoch_end)
         kept = ""
         if self.checkpoint:
             path = Path(trainer.log_dir or trainer.default_root_dir) / f"guardrail-step={trainer.global_step}.ckpt"
-            trainer.save_checkpoint(path)
+            save_checkpoint(trainer, path)
             kept = f". State: {path}"
         action = "the run stops" if stops else f"the learning rate is multiplied by {self.factor:g}"
         message = f"Guardrail after {trainer.global_step} updates: {reason}; {action}{kept}"
@@ -218,9 +214,6 @@ class Guardrail(Callback):
         self.stopped = f"after {trainer.global_step} updates: {reason}{kept}"
         trainer.should_stop = True
         trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, None
-        if broken:
-            # The engine refuses weights that are NaN, and the run would end as an error.
-            trainer.limit_val_batches = 0
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Says last why the run has stopped."""
@@ -234,12 +227,6 @@ class Guardrail(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting violations."""
         self._violations = dict(state_dict["violations"])
-
-
-def _not_finite(values: dict[str, float], precision: str) -> list[str]:
-    """Which of the values that must be finite are not, in words."""
-    names = [name for name in MUST_BE_FINITE if precision != "16-mixed" or name != "optim/grad_norm"]
-    return [f"{name} is {values[name]}" for name in names if name in values and not math.isfinite(values[name])]
 
 
 def scale_learning_rates(optimizers: Iterable[Optimizer], schedulers: Iterable[Any], factor: float) -> None:

@@ -125,7 +125,7 @@ def run_settings(trainer: Trainer, module: PolicyModule, data: RolloutDataModule
         "aggregation": module.aggregation,
         "advantage": data.advantage,
         "precision": str(trainer.precision),
-        "engine": type(data.engine).__name__,
+        "engine": _engine_name(data.engine),
         "engine_dtype": data.engine.dtype_name,
         "model": module.model_name,
     }
@@ -185,3 +185,10 @@ def write_summary(trainer: Trainer, tag: str, content: HParamsPluginData) -> Non
     value = Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(content), tensor=metadata.NULL_TENSOR)
     for writer in tensorboard_writers(trainer):
         writer.file_writer.add_summary(Summary(value=[value]))  # type: ignore[attr-defined]
+
+
+def _engine_name(engine: RolloutEngine) -> str:
+    """The engine's class, and in brackets that of the one inside of it."""
+    inner = getattr(engine, "engine", None)
+    name = type(engine).__name__
+    return f"{name}({_engine_name(inner)})" if isinstance(inner, RolloutEngine) else name

@@ -161,6 +161,8 @@ def part_of_rollout(rollout: Rollout, rows: list[int]) -> Rollout:
         columns={},
         rewards=rollout.rewards[rows],
         reward_parts={},
+        reward_errors={},
+        reward_timeouts={},
         prompt_numbers=[],
         proximal_logprobs=None,
         reference_logprobs=None,

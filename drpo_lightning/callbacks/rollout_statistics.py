@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from drpo_lightning.batch import Rollout
 from drpo_lightning.logs import log_metrics
+from drpo_lightning.rollout.engine import RolloutEngine
 from drpo_lightning.rollout.hooks import RolloutHooks
 
 
@@ -15,13 +16,16 @@ class RolloutStatistics(Callback, RolloutHooks):
     """Logs every rollout, at the optimizer steps that were completed when it was sampled.
 
     `rollout/number` (from 1), `reward/mean`, `reward/std`, `reward/<name>/mean` (over completions that the reward
-    applies to), `reward/<name>/applies_fraction`, `reward/reference_kl/mean` (what the penalty on the divergence from a
-    reference adds to the rewards before the advantages are taken, if there is one in the reward: minus beta times
-    nats; no other figure here has it), `completions/mean_length` (tokens), `completions/max_length`,
-    `completions/truncated_fraction`, `group/zero_std_fraction` (prompts whose samples have equal rewards and so no
-    gradient, but for that of a penalty); and of the iteration `perf/generate_seconds`, `perf/sync_seconds`,
-    `perf/reward_seconds`, `perf/update_seconds`, `perf/iteration_seconds`, `perf/tokens_per_second` (sampled tokens
-    over the whole iteration, all ranks).
+    applies to), `reward/<name>/applies_fraction`, for rewards that may fail `reward/<name>/error_fraction`,
+    `reward/<name>/timeout_fraction` and `reward/dropped_fraction` (of all completions; the other rewards' figures leave
+    dropped ones out), `reward/reference_kl/mean` (what the penalty on the divergence from a reference adds to the
+    rewards before the advantages are taken, if there is one in the reward: minus beta times nats; no other figure here
+    has it), `completions/mean_length` (tokens), `completions/max_length`, `completions/truncated_fraction`,
+    `group/zero_std_fraction` (prompts whose samples, without dropped ones, have equal rewards and so no gradient, but
+    for that of a penalty); and of the iteration `perf/generate_seconds`, `perf/sync_seconds`, `perf/reward_seconds`,
+    `perf/update_seconds`, `perf/iteration_seconds`, `perf/tokens_per_second` (sampled tokens over the whole iteration,
+    all ranks); and `engine/restarts`, how often so far an engine that had failed was started
+    again, where one can be.
     """
 
     def __init__(self) -> None:
@@ -42,6 +46,9 @@ class RolloutStatistics(Callback, RolloutHooks):
         self._tokens = self._metrics.pop("tokens")
         phases: dict[str, float] = trainer.datamodule.phase_seconds  # type: ignore[attr-defined]
         self._metrics |= {f"perf/{name}_seconds": seconds for name, seconds in phases.items()}
+        engine: RolloutEngine = trainer.datamodule.engine  # type: ignore[attr-defined]
+        if engine.max_restarts:
+            self._metrics["engine/restarts"] = engine.num_restarts
         self._metrics["rollout/number"] = trainer.datamodule.iteration  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
@@ -69,36 +76,54 @@ class RolloutStatistics(Callback, RolloutHooks):
 
 def rollout_metrics(trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> dict[str, float]:
     """Statistics of a rollout over all ranks; `tokens` is the number of sampled tokens. Collective."""
-    rewards, groups = rollout.rewards.double(), rollout.group_rewards
+    is_kept, groups = rollout.is_kept, rollout.group_rewards
+    rewards = rollout.rewards.double()[is_kept]
     lengths = torch.tensor([len(completion.token_ids) for completion in rollout.completions], dtype=torch.float64)
     sums: dict[str, Any] = {
-        "samples": len(rollout),
+        "completions": len(rollout),
+        "samples": len(rewards),
         "groups": len(groups),
         "reward": rewards.sum(),
         "reward_squares": rewards.square().sum(),
         "tokens": lengths.sum(),
         "truncated": sum(completion.is_truncated for completion in rollout.completions),
-        "equal_groups": (groups == groups[:, :1]).all(dim=1).sum(),
+        "equal_groups": sum(len(group[~group.isnan()].unique()) < 2 for group in groups),
     }
     for name, scores in rollout.reward_parts.items():
-        sums[f"{name}/sum"] = scores.double().nansum()
-        sums[f"{name}/count"] = (~scores.isnan()).sum()
+        sums[f"{name}/sum"] = scores[is_kept].double().nansum()
+        sums[f"{name}/count"] = (~scores[is_kept].isnan()).sum()
+    for name, errors in rollout.reward_errors.items():
+        sums[f"{name}/errors"], sums[f"{name}/timeouts"] = errors.sum(), rollout.reward_timeouts[name].sum()
     if rollout.reference_penalties is not None:
-        sums["reference_kl"] = -rollout.reference_penalties.double().sum()
+        sums["reference_kl"] = -rollout.reference_penalties[is_kept].double().sum()
     device = pl_module.device
     packed = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=device)
     totals = dict(zip(sums, trainer.strategy.reduce(packed, reduce_op="sum").tolist(), strict=True))
     longest = trainer.strategy.reduce(lengths.max().to(device), reduce_op="max")
+    completions = totals["completions"]
+    metrics = {
+        "completions/mean_length": totals["tokens"] / completions,
+        "completions/max_length": float(longest),
+        "completions/truncated_fraction": totals["truncated"] / completions,
+        "group/zero_std_fraction": totals["equal_groups"] / totals["groups"],
+        "tokens": totals["tokens"],
+    }
+    for name in rollout.reward_errors:
+        metrics[f"reward/{name}/error_fraction"] = totals[f"{name}/errors"] / completions
+        metrics[f"reward/{name}/timeout_fraction"] = totals[f"{name}/timeouts"] / completions
+        metrics["reward/dropped_fraction"] = 1 - totals["samples"] / completions
+    return metrics | _kept_metrics(rollout, totals)
+
+
+def _kept_metrics(rollout: Rollout, totals: dict[str, float]) -> dict[str, float]:
+    """Figures of the samples that are not dropped; none if all are."""
     samples = totals["samples"]
+    if not samples:
+        return {}
     mean = totals["reward"] / samples
     metrics = {
         "reward/mean": mean,
         "reward/std": max(totals["reward_squares"] / samples - mean**2, 0.0) ** 0.5,
-        "completions/mean_length": totals["tokens"] / samples,
-        "completions/max_length": float(longest),
-        "completions/truncated_fraction": totals["truncated"] / samples,
-        "group/zero_std_fraction": totals["equal_groups"] / totals["groups"],
-        "tokens": totals["tokens"],
     }
     for name in rollout.reward_parts:
         count = totals[f"{name}/count"]

@@ -1,6 +1,7 @@
 """What a run came to, in a few lines at its end."""
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -26,6 +27,15 @@ class RunSummary(Callback):
         if not self._first:
             self._first, self._first_step = metrics, trainer.global_step
         self._last, self._last_step = metrics, trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The first and the latest figures, which a resumed run prints too."""
+        return {"first": self._first, "last": self._last, "first_step": self._first_step, "last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the figures of the run so far over."""
+        self._first, self._first_step = state_dict["first"], state_dict["first_step"]
+        self._last, self._last_step = state_dict["last"], state_dict["last_step"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Prints the summary on rank 0."""

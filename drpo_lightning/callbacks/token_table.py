@@ -39,8 +39,8 @@ class TokenTable(Callback):
 
     Args:
         num_tokens: most kinds of tokens in the table.
-        every_n_rollouts: writes a table after every n-th rollout, of the n rollouts; after a resume in between, of
-            those since.
+        every_n_rollouts: writes a table after every n-th rollout, of the n rollouts; after a resume in between on
+            another number of ranks, of those since.
 
     Raises:
         ValueError: if a setting is not positive.
@@ -53,10 +53,16 @@ class TokenTable(Callback):
         self.num_tokens = num_tokens
         self.every_n_rollouts = every_n_rollouts
         self._counts = no_tokens(torch.device("cpu"))
+        self._resumed: TokenCounts | None = None
+        self._rank, self._num_ranks = 0, 1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Notes which part of a checkpoint is this rank's."""
+        self._rank, self._num_ranks = trainer.global_rank, trainer.world_size
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Counts from here on, on the device of the policy."""
-        self._counts = no_tokens(pl_module.device)
+        """Counts from here on, or from where a checkpoint was saved, on the device of the policy."""
+        self._counts, self._resumed = _moved(self._resumed or no_tokens(pl_module.device), pl_module.device), None
 
     def on_train_batch_end(
         self,
@@ -73,17 +79,34 @@ class TokenTable(Callback):
         """Writes the table if it is due. Collective over ranks."""
         if (trainer.current_epoch + 1) % self.every_n_rollouts:
             return
-        mine = TokenCounts(self._counts.token_ids.cpu(), self._counts.sums.cpu(), self._counts.num_tokens)
+        ranks = self._of_all_ranks()
         self._counts = no_tokens(pl_module.device)
-        ranks: list[Any] = [mine]
-        if trainer.world_size > 1:
-            ranks = [None] * trainer.world_size
-            torch.distributed.all_gather_object(ranks, mine)
         for writer in tensorboard_writers(trainer):
             tokenizer = trainer.datamodule.encoder.tokenizer  # type: ignore[attr-defined]
             writer.add_text(
                 "tokens/corrected", token_table(merged(ranks), tokenizer, self.num_tokens), trainer.global_step
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What every rank has counted for the next table. Collective over ranks."""
+        return {"ranks": [counts._asdict() for counts in self._of_all_ranks()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting from this rank's part of `state_dict`, if there are as many ranks."""
+        ranks = state_dict["ranks"]
+        self._resumed = TokenCounts(**ranks[self._rank]) if len(ranks) == self._num_ranks else None
+
+    def _of_all_ranks(self) -> list[TokenCounts]:
+        mine = _moved(self._counts, torch.device("cpu"))
+        ranks: list[Any] = [mine]
+        if self._num_ranks > 1:
+            ranks = [None] * self._num_ranks
+            torch.distributed.all_gather_object(ranks, mine)
+        return ranks
+
+
+def _moved(counts: TokenCounts, device: torch.device) -> TokenCounts:
+    return TokenCounts(counts.token_ids.to(device), counts.sums.to(device), counts.num_tokens)
 
 
 def no_tokens(device: torch.device) -> TokenCounts:

@@ -70,15 +70,17 @@ def micro_batch_rows(positions: range, *, seed: int, group_size: int, num_update
 
 
 def update_sizes(rollout: Rollout, micro_batches: Sequence[Sequence[int]], window: int) -> Float[Tensor, "updates 2"]:
-    """Completion tokens and sequences of each optimizer update, in float64.
+    """Completion tokens and sequences of each optimizer update, without dropped samples, in float64.
 
     Args:
         rollout: this rank's rollout.
         micro_batches: rows of each micro-batch, the updates one after the other; the last may be incomplete.
         window: micro-batches of an update.
     """
+    is_kept = rollout.is_kept.tolist()
+    kept = [[row for row in rows if is_kept[row]] for rows in micro_batches]
     sizes = torch.tensor(
-        [[sum(len(rollout.completions[row].token_ids) for row in rows), len(rows)] for rows in micro_batches],
+        [[sum(len(rollout.completions[row].token_ids) for row in rows), len(rows)] for rows in kept],
         dtype=torch.float64,
     )
     return torch.stack([sizes[start : start + window].sum(0) for start in range(0, len(sizes), window)])

@@ -32,6 +32,8 @@ class PromptEncoder:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         self.context_tokens = int(config.get_text_config().max_position_embeddings)
+        self.vocabulary_size = int(config.get_text_config().vocab_size)
+        """Tokens that the model has a row for; a padded vocabulary has more of them than the tokenizer knows."""
         try:
             configured = GenerationConfig.from_pretrained(model).eos_token_id
         except OSError:  # a model without generation_config.json stops at the tokenizer's token alone

@@ -7,6 +7,7 @@ from lightning.pytorch import LightningDataModule
 
 from drpo_lightning.batch import Rollout
 from drpo_lightning.datamodules.progress import align_progress
+from drpo_lightning.datamodules.random_state import RandomState, random_state, set_random_state
 from drpo_lightning.datamodules.rollout_state import check_same_split, dealt_out, rollout_from_state, rollout_to_state
 
 
@@ -30,8 +31,13 @@ class ResumableRollouts(LightningDataModule):
         """Rollouts made so far."""
         self.rollout: Rollout | None = None
         """The rollout in use, of this rank."""
+        self.is_sampling = False
+        """True while completions are sampled and scored: a checkpoint of that time is one of before."""
+        self._num_made = 0
         self._position = 0
         self._resumed = False
+        self._random_before: RandomState | None = None
+        self._random_resumed: RandomState | None = None
 
     @property
     def _trainer(self) -> Any:  # noqa: ANN401
@@ -56,23 +62,26 @@ class ResumableRollouts(LightningDataModule):
         return range(first, first + per_rank)
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, and every rank's rollout in use with the optimizer updates done on it. Collective over ranks.
+        """Iteration, every rank's rollout in use with the updates done on it, random states. Collective over ranks.
 
-        A checkpoint in the middle of an update is one of before it: the update is begun again.
+        A checkpoint in the middle of an update is one of before it: the update is begun again. One in the middle of a
+        rollout is one of before it.
         """
         window = int(self._trainer.accumulate_grad_batches)
         # Not `_position`: a micro-batch that was handed out may have been interrupted before it was trained on.
         optimizer = self._trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer
         updates = int(optimizer.step.current.completed)
         rollouts: list[Any] = []
-        if self.rollout is not None and updates * window < self._num_trained_batches:
-            rollouts = self._of_all_ranks(rollout_to_state(self.rollout))
+        made = self.rollout if self.iteration == self._num_made else None
+        if made is not None and updates * window < self._num_trained_batches:
+            rollouts = self._of_all_ranks(rollout_to_state(made))
         return {
-            "iteration": self.iteration,
+            "iteration": self._num_made,
             "updates": updates,
             "accumulate_grad_batches": window,
             "split": self._split,
             "rollouts": rollouts,
+            "random": self._of_all_ranks(self._random_state(is_update_begun=self._position > updates * window)),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -83,7 +92,10 @@ class ResumableRollouts(LightningDataModule):
         """
         if self._trainer.state.fn not in (None, "fit"):
             return
-        self.iteration = state_dict["iteration"]
+        self.iteration = self._num_made = state_dict["iteration"]
+        self.is_sampling = False
+        states = state_dict["random"]
+        self._random_resumed = states[self._trainer.global_rank] if len(states) == self._trainer.world_size else None
         self._resumed = bool(state_dict["rollouts"])
         if not self._resumed:
             self.rollout = None
@@ -110,6 +122,24 @@ class ResumableRollouts(LightningDataModule):
             num_batches=self._num_trained_batches,
             has_max_steps=self._trainer.max_steps != -1,
         )
+
+    def _note_random_state(self) -> None:
+        """Keeps the random state of before a rollout, a validation or an update, for a checkpoint inside of it."""
+        self._random_before = random_state(self._trainer.strategy.root_device)
+
+    def _resume_random_state(self) -> None:
+        """Takes up the random state of a checkpoint, of as many ranks, where the run goes on."""
+        if self._random_resumed is not None:
+            set_random_state(self._random_resumed, self._trainer.strategy.root_device)
+            self._random_resumed = None
+
+    def _random_state(self, *, is_update_begun: bool) -> RandomState:
+        if self._random_resumed is not None:
+            return self._random_resumed
+        is_inside = self.is_sampling or is_update_begun or self.iteration != self._num_made
+        if self._random_before is not None and is_inside:
+            return self._random_before
+        return random_state(self._trainer.strategy.root_device)
 
     @property
     def _split(self) -> dict[str, int]:

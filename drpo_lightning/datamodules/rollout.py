@@ -147,7 +147,7 @@ class RolloutDataModule(ResumableRollouts):
 
     def _end(self) -> None:
         """Ends the engine, and leaves the trainer as it was."""
-        self.engine.close()
+        self._sampler.engine.close()
         if self._limit_val_batches is not None:
             self._trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
@@ -203,7 +203,7 @@ class RolloutDataModule(ResumableRollouts):
             self._sampler.make_ready(self._trainer)
             self._sampler.load_weights(self._trainer.lightning_module)
             for hook in self._hooks:
-                hook.on_engine_refresh(self._trainer, self._trainer.lightning_module, self.engine)
+                hook.on_engine_refresh(self._trainer, self._trainer.lightning_module, self._sampler.engine)
 
     @property
     def phase_seconds(self) -> dict[str, float]:
@@ -230,22 +230,34 @@ class RolloutDataModule(ResumableRollouts):
 
     def _training_batches(self) -> Iterator[RolloutBatch]:
         resumed, self._resumed = self._resumed, False
+        self._resume_random_state()
         if not resumed:
             self.next_rollout()
         assert self.rollout is not None
+        if resumed:
+            self._penalize(self.rollout)
         batches = self.micro_batches(self.rollout, self._num_trained_batches)
+        window = int(self._trainer.accumulate_grad_batches)
         while self._position < len(batches):
+            if self._position % window == 0:
+                self._note_random_state()
             self._position += 1  # before the batch is given away: what stands after the last `yield` never runs
             self._served = batches[self._position - 1]
             yield self._served
 
     def _validation_batches(self) -> Iterator[ValidationBatch]:
-        yield ValidationBatch(self.validation_rollout())
+        self._note_random_state()
+        self.is_sampling = True
+        rollout = self.validation_rollout()
+        self.is_sampling = False
+        yield ValidationBatch(rollout)
 
     def next_rollout(self) -> None:
         """Synchronises the engine, samples and scores the next rollout."""
         module = self._trainer.lightning_module
         self.rollout = None
+        self._note_random_state()
+        self.is_sampling = True
         for hook in self._hooks:
             hook.on_rollout_start(self._trainer, module)
         self.refresh_engine()
@@ -255,14 +267,16 @@ class RolloutDataModule(ResumableRollouts):
         seeds = [seed_of(self.seed, position) for position in positions]
         policy = module if isinstance(module, RolloutPolicy) else None
         num_topk = policy.num_topk if policy else 0
-        self.rollout = self._sample(self._prompts.rows, numbers, seeds, self.sampling, self.group_size, num_topk)
-        self.engine.sleep()
+        rollout = self._sample(self._prompts.rows, numbers, seeds, self.sampling, self.group_size, num_topk)
+        self._sampler.engine.sleep()
         if policy:
-            self._score(self.rollout, policy)
+            self._score(rollout, policy)
+        self.is_sampling = False
         self.iteration += 1
-        self._position = 0
+        self.rollout, self._position = rollout, 0
         for hook in self._hooks:
-            hook.on_rollout_end(self._trainer, module, self.rollout)
+            hook.on_rollout_end(self._trainer, module, rollout)
+        self._num_made = self.iteration
 
     def _score(self, rollout: Rollout, policy: RolloutPolicy) -> None:
         """Adds what the trainer's own models say of a rollout, as far as it is asked for."""
@@ -272,7 +286,13 @@ class RolloutDataModule(ResumableRollouts):
             rollout.proximal_logprobs = score()
         if policy.needs_reference_logprobs:
             rollout.reference_logprobs = score(by_reference=True)
-            rollout.reference_penalties = policy.reference_penalties(rollout)
+        self._penalize(rollout)
+
+    def _penalize(self, rollout: Rollout) -> None:
+        """Notes what the reference takes off the rewards, by the settings of now, also of a rollout of a checkpoint."""
+        policy = self._trainer.lightning_module
+        is_scored = isinstance(policy, RolloutPolicy) and rollout.reference_logprobs is not None
+        rollout.reference_penalties = policy.reference_penalties(rollout) if is_scored else None
 
     def validation_rollout(self) -> Rollout:
         """Samples and scores this rank's validation prompts with the current weights."""
@@ -280,7 +300,7 @@ class RolloutDataModule(ResumableRollouts):
         numbers = list(range(self._trainer.global_rank, len(self._val_rows), self._trainer.world_size))
         seeds = [seed_of(self.seed, "validation", number) for number in numbers]
         rollout = self._sample(self._val_rows, numbers, seeds, self.val_sampling, self.val_num_samples)
-        self.engine.sleep()
+        self._sampler.engine.sleep()
         return rollout
 
     @property

@@ -1,34 +1,37 @@
 """The engine's side of a rollout: started when it is first needed, given the trainer's weights, asked for samples."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 
-from drpo_lightning.batch import Rollout, Sampling
+from drpo_lightning.batch import Completion, Rollout, Sampling
 from drpo_lightning.datamodules.prompt_encoder import PromptEncoder
-from drpo_lightning.datamodules.scored_rollout import scored_rollout
+from drpo_lightning.datamodules.scored_rollout import column_names, scored_rollout
 from drpo_lightning.errors import SettingError
 from drpo_lightning.rewards.base import Reward
-from drpo_lightning.rollout.engine import RolloutEngine
-from drpo_lightning.rollout.weights import WeightSource, check_weights, model_weight_shapes
+from drpo_lightning.rollout.checks import check_completions
+from drpo_lightning.rollout.engine import EngineError, RolloutEngine
+from drpo_lightning.rollout.supervised import supervised
+from drpo_lightning.rollout.weights import RepeatableWeights, WeightSource, check_weights, model_weight_shapes
 
 
 class RolloutSampler:
     """Brings the trainer's weights into an engine, and samples and scores completions with it.
 
     Args:
-        engine: what samples.
+        engine: what samples; restarted if it fails and can be.
         model: folder or hub name of the policy.
         seed: seeds requests that have no seed of their own.
         trust_remote_code: whether code that comes with the model may run.
     """
 
     def __init__(self, engine: RolloutEngine, model: str, *, seed: int, trust_remote_code: bool) -> None:
-        self.engine = engine
+        self.engine = supervised(engine)
         self.model = model
         self.seed = seed
         self.trust_remote_code = trust_remote_code
@@ -36,6 +39,7 @@ class RolloutSampler:
         """What the last rollout took, in seconds: `sync`, `generate` and `reward`."""
         self._expected_weights: dict[str, torch.Size] = {}
         self._profiler: Profiler = PassThroughProfiler()
+        self._on_any_rank: Callable[[bool], bool] = bool
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -48,6 +52,7 @@ class RolloutSampler:
     def make_ready(self, trainer: Any) -> None:  # noqa: ANN401
         """Starts the engine, or wakes it."""
         self._profiler = trainer.profiler
+        self._on_any_rank = partial(trainer.strategy.reduce_boolean_decision, all=False)
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.empty_cache()  # what the last update's activations took is the engine's now
         if self.engine.is_started:
@@ -88,9 +93,9 @@ class RolloutSampler:
                     "the damage. Lower the learning rate, or clip gradients (`trainer.gradient_clip_val`)"
                 )
             if source.adapter_config is None:
-                self.engine.load_weights(source.named_weights())
+                self.engine.load_weights(RepeatableWeights(source.named_weights))
             else:  # the engine has started with the other weights, which do not change
-                self.engine.load_adapter(source.adapter_config, source.named_adapter_weights())
+                self.engine.load_adapter(source.adapter_config, RepeatableWeights(source.named_adapter_weights))
 
     def sample(
         self,
@@ -104,7 +109,7 @@ class RolloutSampler:
         encoder: PromptEncoder,
         rewards: Sequence[Reward],
     ) -> Rollout:
-        """Samples completions, decodes and scores them.
+        """Samples completions, checks, decodes and scores them. Collective over ranks.
 
         Args:
             rows: a data set, encoded.
@@ -115,21 +120,58 @@ class RolloutSampler:
             num_topk: how many of mu's most likely tokens are asked for at each place.
             encoder: the policy's tokenizer.
             rewards: what scores.
+
+        Raises:
+            EngineError: on every rank, if the engine of one fails or returns what is impossible.
         """
         chosen = [rows[number] for number in numbers]
         with self._phase("generate"):
-            groups = self.engine.generate(
+            groups = self._generate(
                 [row["prompt_ids"] for row in chosen],
                 sampling,
                 num_samples=num_samples,
-                stop_token_ids=encoder.stop_token_ids,
                 seeds=seeds,
                 num_topk=num_topk,
+                encoder=encoder,
             )
         with self._phase("reward"):
             return scored_rollout(
-                chosen, numbers, groups, num_samples=num_samples, tokenizer=encoder.tokenizer, rewards=rewards
+                chosen,
+                numbers,
+                groups,
+                columns=column_names(rows),
+                num_samples=num_samples,
+                tokenizer=encoder.tokenizer,
+                rewards=rewards,
             )
+
+    def _generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        seeds: Sequence[int] | None,
+        num_topk: int,
+        encoder: PromptEncoder,
+    ) -> list[list[Completion]]:
+        """What the engine samples, checked. A rank that fails takes the others with it: they would wait for it."""
+        failure, groups = None, []
+        request: dict[str, Any] = {
+            "num_samples": num_samples,
+            "stop_token_ids": encoder.stop_token_ids,
+            "num_topk": num_topk,
+        }
+        try:
+            groups = self.engine.generate(prompt_ids, sampling, seeds=seeds, **request)
+            check_completions(
+                groups, sampling, num_prompts=len(prompt_ids), vocabulary_size=encoder.vocabulary_size, **request
+            )
+        except EngineError as error:
+            failure = error
+        if self._on_any_rank(failure is not None):
+            raise failure or EngineError("the engine of another rank has failed; that rank's output says why")
+        return groups
 
 
 def _weight_source(module: object) -> WeightSource:

@@ -5,8 +5,8 @@ from typing import Any
 
 from drpo_lightning.batch import Completion, Rollout
 from drpo_lightning.errors import SettingError
-from drpo_lightning.rewards.base import Reward, RewardBatch, combine_rewards, score_rewards
-from drpo_lightning.rollout.engine import EngineError
+from drpo_lightning.rewards.base import Reward, RewardBatch
+from drpo_lightning.rewards.scoring import combine_rewards, score_rewards
 
 
 def scored_rollout(
@@ -14,6 +14,7 @@ def scored_rollout(
     row_numbers: Sequence[int],
     groups: Sequence[Sequence[Completion]],
     *,
+    columns: Sequence[str],
     num_samples: int,
     tokenizer: Any,  # noqa: ANN401
     rewards: Sequence[Reward],
@@ -24,19 +25,16 @@ def scored_rollout(
         rows: the prompts, encoded, with the data set's other columns.
         row_numbers: which rows of the data set they are.
         groups: completions of each prompt.
-        num_samples: how many completions a prompt should have.
+        columns: the data set's other columns.
+        num_samples: how many completions a prompt has.
         tokenizer: the policy's.
         rewards: what scores.
 
     Raises:
-        EngineError: if there are more or fewer completions.
         RewardError: if a reward fails.
     """
     completions = [completion for group in groups for completion in group]
-    if len(completions) != len(rows) * num_samples:
-        raise EngineError(f"the engine returned {len(completions)} completions for {len(rows) * num_samples}")
     repeated = [row for row in rows for _ in range(num_samples)]
-    columns = sorted(set().union(*rows) - {"prompt", "prompt_ids"})
     batch = RewardBatch(
         prompts=[row["prompt"] for row in repeated],
         completions=tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True),
@@ -44,7 +42,7 @@ def scored_rollout(
         finish_reasons=[completion.finish_reason for completion in completions],
         columns={name: [row.get(name) for row in repeated] for name in columns},
     )
-    parts = score_rewards(rewards, batch)
+    scores = score_rewards(rewards, batch)
     return Rollout(
         prompts=list(batch.prompts),
         prompt_ids=[row["prompt_ids"] for row in repeated],
@@ -52,10 +50,17 @@ def scored_rollout(
         texts=list(batch.completions),
         columns={name: list(values) for name, values in batch.columns.items()},
         group_size=num_samples,
-        rewards=combine_rewards(parts, {reward.name: reward.weight for reward in rewards}),
-        reward_parts=parts,
+        rewards=combine_rewards(scores.parts, {reward.name: reward.weight for reward in rewards}, scores.dropped),
+        reward_parts=scores.parts,
+        reward_errors=scores.errors,
+        reward_timeouts=scores.timeouts,
         prompt_numbers=[number for number in row_numbers for _ in range(num_samples)],
     )
+
+
+def column_names(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What rows of a data set have beside the prompt."""
+    return sorted(set().union(*rows) - {"prompt", "prompt_ids"})
 
 
 def check_columns(rows: Sequence[dict[str, Any]], rewards: Sequence[Reward], key: str) -> None:

@@ -37,13 +37,16 @@ def group_advantages(
 ) -> Float[Tensor, " samples"]:
     """Advantage of each sample against the other samples of its prompt.
 
+    A sample whose reward is NaN has been dropped: its group is compared without it.
+
     Args:
         rewards: reward of each sample; the `group_size` samples of one prompt stand next to each other.
         group_size: samples per prompt, at least 2.
         kind: `group_mean`, `group_mean_std` or `leave_one_out`.
 
     Returns:
-        Advantages in the order of `rewards`; exactly 0 in a group whose rewards are all equal.
+        Advantages in the order of `rewards`; NaN where the reward is, and exactly 0 in a group whose other rewards are
+        all equal, or that has only one.
 
     Raises:
         ValueError: if `kind` is unknown, `group_size` is below 2, or the number of rewards is no multiple of it.
@@ -55,6 +58,17 @@ def group_advantages(
     if len(rewards) % group_size:
         raise ValueError(f"`rewards` must hold whole groups of {group_size}, got {len(rewards)} rewards")
     groups = rewards.view(-1, group_size)
-    equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
+    advantages = _whole_group_advantages(groups, kind)
+    dropped = groups.isnan()
+    for group in dropped.any(dim=1).nonzero().flatten().tolist():
+        kept = ~dropped[group]
+        advantages[group] = torch.where(kept, 0.0, torch.nan)
+        if kept.sum() > 1:
+            advantages[group, kept] = _whole_group_advantages(groups[group, kept][None], kind)[0]
+    return advantages.flatten()
+
+
+def _whole_group_advantages(rewards: Float[Tensor, "groups samples"], kind: str) -> Float[Tensor, "groups samples"]:
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     # The mean of equal rewards can differ from them by a rounding error, which a division by std would blow up.
-    return torch.where(equal, torch.zeros_like(groups), ADVANTAGES[kind](groups)).flatten()
+    return torch.where(equal, torch.zeros_like(rewards), ADVANTAGES[kind](rewards))

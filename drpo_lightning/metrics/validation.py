@@ -24,44 +24,52 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
 class ValidationStatistics(PackedMetric):
     """Mean reward, pass@k for k = 1, 2, 4, ..., completion length and truncation over validation prompts.
 
+    Dropped samples have no reward and count neither as passed nor as failed: pass@k is the mean over the prompts with
+    at least k others.
+
     Args:
         pass_threshold: reward from which on a sample has passed.
     """
 
-    SUMS = ("prompts", "samples", "reward", "tokens", "truncated")
+    SUMS = ("completions", "samples", "reward", "tokens", "truncated")
     MAX_LOG2_K = 16
 
     def __init__(self, pass_threshold: float = 1.0) -> None:
-        super().__init__(len(self.SUMS) + self.MAX_LOG2_K, 1)
+        super().__init__(len(self.SUMS) + 2 * self.MAX_LOG2_K)
         self.pass_threshold = pass_threshold
 
     def update(self, rollout: Rollout) -> None:
         """Adds this rank's completions."""
         groups = rollout.group_rewards
+        kept = (~groups.isnan()).sum(dim=1).tolist()
         passed = (groups >= self.pass_threshold).sum(dim=1).tolist()
         values = [
-            len(groups),
             len(rollout),
-            rollout.rewards.double().sum().item(),
+            sum(kept),
+            rollout.rewards.double().nansum().item(),
             rollout.num_completion_tokens,
             sum(completion.is_truncated for completion in rollout.completions),
         ]
-        values += [
-            sum(pass_at_k(rollout.group_size, count, 2**i) for count in passed) if 2**i <= rollout.group_size else 0
-            for i in range(self.MAX_LOG2_K)
-        ]
+        for k in (2**i for i in range(self.MAX_LOG2_K)):
+            chances = [pass_at_k(n, c, k) for n, c in zip(kept, passed, strict=True) if n >= k]
+            values += [len(chances), sum(chances)]
         self.sums += torch.tensor(values, dtype=torch.float64, device=self.sums.device)
-        self.maxima.clamp_(min=float(rollout.group_size))
 
     def compute(self) -> dict[str, float]:
-        """`reward/mean`, `pass@k`, `completions/mean_length` and `completions/truncated_fraction`."""
-        prompts, samples, reward, tokens, truncated, *passes = self.sums.tolist()
-        if not samples:
+        """`reward/mean`, `pass@k`, `completions/mean_length`, `completions/truncated_fraction`.
+
+        And `reward/dropped_fraction` if samples are dropped; what has no samples to be taken of is absent.
+        """
+        completions, samples, reward, tokens, truncated, *passes = self.sums.tolist()
+        if not completions:
             return {}
-        group_size = self.maxima.item()
-        return {
-            "reward/mean": reward / samples,
-            "completions/mean_length": tokens / samples,
-            "completions/truncated_fraction": truncated / samples,
-            **{f"pass@{2**i}": value / prompts for i, value in enumerate(passes) if 2**i <= group_size},
+        metrics = {
+            "completions/mean_length": tokens / completions,
+            "completions/truncated_fraction": truncated / completions,
+            **{f"pass@{2**i}": passes[2 * i + 1] / prompts for i, prompts in enumerate(passes[::2]) if prompts},
         }
+        if samples:
+            metrics["reward/mean"] = reward / samples
+        if samples < completions:
+            metrics["reward/dropped_fraction"] = 1 - samples / completions
+        return metrics

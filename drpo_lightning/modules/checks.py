@@ -64,6 +64,11 @@ def check_strategy(strategy: Strategy) -> None:
             "`trainer.strategy` FSDPStrategy with `use_orig_params: false` is not supported: parameters without a name "
             "cannot be given to the engine; leave the setting out"
         )
+    if isinstance(strategy, FSDPStrategy) and strategy.mixed_precision is not None:
+        raise SettingError(
+            "`trainer.strategy` FSDPStrategy with `mixed_precision` is not supported: it rounds gradients and rotary "
+            "embeddings; leave it out and set `trainer.precision`"
+        )
     if strategy.root_device.type == "mps":
         raise SettingError(
             "`trainer.accelerator` mps is not supported, since it has no float64; set `trainer.accelerator: cpu`"
@@ -84,6 +89,24 @@ def check_precision(precision: str) -> None:
         raise SettingError(
             f"`trainer.precision` {precision} is not supported; take one of {', '.join(PRECISIONS)}: bf16-mixed where "
             "memory or speed matters, and 32-true elsewhere"
+        )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, precision: str) -> None:
+    """Raises `SettingError` for an optimizer whose gradients cannot be clipped, nor their norm logged, in float16."""
+    if precision == "16-mixed" and any(group.get("fused") for group in optimizer.param_groups):
+        raise SettingError(
+            "`model.optimizer` with `fused: true` takes the loss scale off the gradient inside its step: with "
+            "`trainer.precision` 16-mixed it would be clipped and logged with it; leave `fused` out"
+        )
+
+
+def check_adapters(strategy: Strategy, num_ranks: int) -> None:
+    """Raises `SettingError` for a strategy that adapters cannot be trained with."""
+    if isinstance(strategy, FSDPStrategy) and num_ranks == 1:
+        raise SettingError(
+            "`trainer.strategy` FSDPStrategy on one rank does not work with `model.peft`, since FSDP1 does not shard "
+            "there and cannot hold frozen weights; take `auto`, or ModelParallelStrategy"
         )
 
 

@@ -67,7 +67,7 @@ class EngineSide(LightningModule, WeightSource, RolloutPolicy):
         for start in range(0, len(rollout), batch_size):
             rows = list(range(start, min(start + batch_size, len(rollout))))
             batch = RolloutBatch.collate(
-                rollout, rows, rollout.rewards, pad_token_id=pad_token_id, num_update_tokens=0, num_update_sequences=0
+                rollout, rows, None, pad_token_id=pad_token_id, num_update_tokens=0, num_update_sequences=0
             )
             inputs = (batch.input_ids, batch.attention_mask, batch.completion_mask)
             with self.trainer.precision_plugin.forward_context():

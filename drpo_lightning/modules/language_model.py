@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from drpo_lightning.errors import SettingError
+
 
 def load_language_model(name: str, *, dtype: torch.dtype | str = torch.float32, trust_remote_code: bool = False) -> Any:  # noqa: ANN401
     """A causal language model with its weights, on the CPU.
@@ -58,6 +60,16 @@ def prepare_for_training(language_model: Any, *, gradient_checkpointing: bool = 
 
 
 def layers(language_model: Any) -> list[torch.nn.Module]:  # noqa: ANN401
-    """The model's blocks, which it says must not be split: what is sharded, gathered and compiled one at a time."""
+    """The model's blocks, which it says must not be split: what is sharded, gathered and compiled one at a time.
+
+    Raises:
+        SettingError: if it does not say.
+    """
     names = set(language_model._no_split_modules or ())
-    return [module for module in language_model.modules() if type(module).__name__ in names]
+    found = [module for module in language_model.modules() if type(module).__name__ in names]
+    if not found:
+        raise SettingError(
+            f"{type(language_model).__name__} does not say what its layers are (`_no_split_modules`): it can neither "
+            "be sharded nor compiled by layers; take `ddp`, and leave `model.compile_layers` out"
+        )
+    return found

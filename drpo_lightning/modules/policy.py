@@ -18,9 +18,11 @@ from drpo_lightning.functional.divergences import TopKLogprobs
 from drpo_lightning.logs import log_interval, log_metrics
 from drpo_lightning.metrics import ValidationStatistics
 from drpo_lightning.modules.checks import (
+    check_adapters,
     check_callbacks,
     check_mesh,
     check_model_folder,
+    check_optimizer,
     check_precision,
     check_sampling,
     check_strategy,
@@ -37,6 +39,7 @@ from drpo_lightning.modules.lora import (
     check_peft_available,
     drop_frozen_weights,
 )
+from drpo_lightning.modules.non_finite import NonFiniteWatch
 from drpo_lightning.modules.policy_network import PolicyNetwork
 from drpo_lightning.modules.reference import ReferenceModel, ReferencePenalty, load_frozen_network
 from drpo_lightning.modules.sharding import clip_gradient
@@ -82,6 +85,8 @@ class PolicyModule(EngineSide):
         compile_layers: compiles the model's layers by `torch.compile`; the first steps take long. Needs a C++ compiler.
         logprob_chunk_size: tokens whose logits exist at a time.
         pass_threshold: reward from which on a validation sample counts as passed.
+        max_skipped_updates: updates in succession that are left out because a logprob, the loss or the gradient is NaN
+            or infinite; the next one stops the run. The samples are written to `non_finite` in the log folder.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
@@ -103,6 +108,7 @@ class PolicyModule(EngineSide):
         compile_layers: bool = False,
         logprob_chunk_size: int = 1024,
         pass_threshold: float = 1.0,
+        max_skipped_updates: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -113,6 +119,8 @@ class PolicyModule(EngineSide):
                 f"`model.horizon` must be positive for `seq_mean_token_sum_norm`, in tokens, got {horizon}; "
                 "the paper takes 8192"
             )
+        if max_skipped_updates < 0:
+            raise ValueError(f"`model.max_skipped_updates` must be 0 or positive, got {max_skipped_updates}")
         objective.check_inputs(PROVIDED_INPUTS)
         if reference is not None and reference.model is not None:
             check_model_folder(os.path.expanduser(reference.model))
@@ -140,11 +148,14 @@ class PolicyModule(EngineSide):
         self._update_penalty: float | Tensor = 0.0
         self._grad_norm = float("nan")
         self._logged_step = 0
+        self._non_finite = NonFiniteWatch(max_skipped_updates)
 
     def setup(self, stage: str) -> None:
         """Checks that the policy is trained on the distribution that is sampled from."""
         check_strategy(self.trainer.strategy)
         check_precision(self.trainer.precision)
+        if self.peft is not None:
+            check_adapters(self.trainer.strategy, self.trainer.world_size)
         check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
         if self.temperature == 0:
             raise SettingError(
@@ -206,6 +217,7 @@ class PolicyModule(EngineSide):
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """The optimizer, and its schedule by optimizer steps."""
         optimizer = self.make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        check_optimizer(optimizer, self.trainer.precision)
         if self.make_lr_scheduler is None:
             return optimizer
         schedule = {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}
@@ -214,6 +226,7 @@ class PolicyModule(EngineSide):
     def on_train_start(self) -> None:
         """Starts the count of updates, and warns of parameters too coarse in precision for the learning rate."""
         self._logged_step, self._update_loss, self._update_penalty = self.trainer.global_step, 0.0, 0.0
+        self._non_finite.start()
         for group in self.trainer.optimizers[0].param_groups:
             lost = fraction_rounded_away(group["params"], group["lr"])
             if lost > 0.1:
@@ -254,6 +267,9 @@ class PolicyModule(EngineSide):
             self._update_penalty += penalty.detach()
             share = share + penalty
         self._update_loss += share.detach()
+        self._non_finite.add(
+            batch, policy_logprobs=policy_logprobs, objective_loss=output.loss, reference_penalty=penalties
+        )
         # Ranks are averaged and Lightning divides by the micro-batches, of an incomplete last window too.
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
         return StepOutput(
@@ -290,11 +306,13 @@ class PolicyModule(EngineSide):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips, and keeps the norm of the gradient before clipping."""
+        """Clips, and keeps the norm before; drops a gradient that must not be applied, and optimizers do nothing."""
         assert self.network is not None, "configure_model comes first"
         is_by_norm = gradient_clip_val is not None and gradient_clip_algorithm in (None, "norm")
         self._grad_norm = clip_gradient(self.network, gradient_clip_val or math.inf if is_by_norm else math.inf)
-        if not is_by_norm:
+        if self._non_finite.must_skip(self.trainer, self, loss=self._update_loss, grad_norm=self._grad_norm):
+            optimizer.zero_grad()
+        elif not is_by_norm:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:  # noqa: ANN401, ARG002
@@ -309,6 +327,7 @@ class PolicyModule(EngineSide):
             "optim/loss": loss,
             "optim/grad_norm": self._grad_norm,
             "optim/learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+            "optim/skipped_updates": self._non_finite.num_skipped,
         }
         if self.reference is not None and self.reference.placement == "loss":
             metrics["optim/reference_penalty"] = penalty
@@ -331,9 +350,12 @@ class PolicyModule(EngineSide):
         adapters = None if self.peft is None else self.peft.trained_settings
         model = os.path.abspath(self.model_name) if os.path.isdir(self.model_name) else self.model_name
         checkpoint["policy"] = {"model": model, "peft": adapters}
+        checkpoint["non_finite"] = self._non_finite.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks the adapters; lets the data module put Lightning's progress to where its rollout goes on."""
         check_adapter_settings(self.peft, checkpoint.get("policy", {}).get("peft"))
+        if "non_finite" in checkpoint:
+            self._non_finite.load_state_dict(checkpoint["non_finite"])
         if (align_progress := getattr(self.trainer.datamodule, "align_progress", None)) is not None:  # type: ignore[attr-defined]
             align_progress(checkpoint)

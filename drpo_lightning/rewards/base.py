@@ -1,14 +1,35 @@
-"""What a reward is, and how the rewards of a completion become one number."""
+"""What a reward is: from the text of a completion to a number, or to a failure that says why there is none."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+LARGEST_SCORE = 3.4e38
+"""Beyond it float32, which rewards are kept in, has infinity."""
+
+
+@dataclass(frozen=True)
+class RewardSample:
+    """One completion, as a reward sees it.
+
+    Args:
+        prompt: text of the prompt.
+        completion: decoded text, without special tokens.
+        completion_ids: its token ids.
+        finish_reason: `stop` after an end-of-sequence token, `length` if it was cut off.
+        columns: the data set's other columns, such as the answer.
+    """
+
+    prompt: str
+    completion: str
+    completion_ids: Sequence[int]
+    finish_reason: Literal["stop", "length"]
+    columns: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"prompt {self.prompt!r}, completion {self.completion!r}, columns {dict(self.columns)!r}"
 
 
 @dataclass(frozen=True)
@@ -42,6 +63,77 @@ class RewardBatch:
             raise KeyError(f"the data set has no column {name!r}; it has {sorted(self.columns)}")
         return self.columns[name]
 
+    def sample(self, i: int) -> RewardSample:
+        """The i-th completion."""
+        return RewardSample(
+            prompt=self.prompts[i],
+            completion=self.completions[i],
+            completion_ids=self.completion_ids[i],
+            finish_reason=self.finish_reasons[i],
+            columns={name: values[i] for name, values in self.columns.items()},
+        )
+
+    def single(self, i: int) -> "RewardBatch":
+        """The i-th completion as a batch of its own."""
+        one = slice(i, i + 1)
+        return RewardBatch(
+            prompts=self.prompts[one],
+            completions=self.completions[one],
+            completion_ids=self.completion_ids[one],
+            finish_reasons=self.finish_reasons[one],
+            columns={name: values[one] for name, values in self.columns.items()},
+        )
+
+
+@dataclass(frozen=True)
+class RewardFailure:
+    """Why a completion has no score.
+
+    Args:
+        kind: `timeout` if it took too long, `error` for everything else.
+        reason: in a sentence that follows the reward's name.
+        output: the last lines that the reward wrote, if they were kept.
+    """
+
+    kind: Literal["error", "timeout"]
+    reason: str
+    output: str = ""
+
+
+RewardOutcome = float | None | RewardFailure
+"""What a reward says of a completion: a finite float, None where it does not apply, or why there is no score."""
+
+
+@dataclass(frozen=True)
+class FailurePolicy:
+    """What becomes of a completion that a reward fails on.
+
+    Args:
+        on_failure: `raise` ends the run; `drop_sample` leaves the completion out of its group and of the training;
+            `score` gives it `failure_score`.
+        failure_score: the score of a failure, in units of the reward.
+
+    Raises:
+        ValueError: if there is no such policy, or the score is missing, not finite, or of no use.
+    """
+
+    on_failure: Literal["raise", "drop_sample", "score"] = "raise"
+    failure_score: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_failure not in ("raise", "drop_sample", "score"):
+            raise ValueError(f"`on_failure` must be one of ['raise', 'drop_sample', 'score'], got {self.on_failure!r}")
+        if (self.on_failure == "score") != (self.failure_score is not None):
+            raise ValueError(
+                f"`failure_score` must be set with `on_failure: score`, and only then, got {self.failure_score} with "
+                f"{self.on_failure!r}"
+            )
+        if self.failure_score is not None:
+            try:
+                checked_score(self.failure_score)
+            except ValueError:
+                raise ValueError(f"`failure_score` must be a finite float, got {self.failure_score!r}") from None
+
 
 class Reward(ABC):
     """Scores completions.
@@ -50,97 +142,34 @@ class Reward(ABC):
         name: what the reward is logged as, `reward/<name>/mean`.
         weight: its factor in the sum of all rewards.
         required_columns: columns of the data set that it cannot do without; a run without them does not start.
+        failure_policy: what becomes of its failures, which are counted; None for a reward that returns none.
     """
 
     name: str
     weight: float
     required_columns: Sequence[str] = ()
+    failure_policy: FailurePolicy | None = None
 
     @abstractmethod
-    def score(self, batch: RewardBatch) -> Sequence[float | None]:
-        """One finite float per completion, or None where the reward does not apply."""
+    def score(self, batch: RewardBatch) -> Sequence[RewardOutcome]:
+        """One finite float per completion, or None where the reward does not apply.
+
+        A reward with a `failure_policy` may return a `RewardFailure` in place of a score.
+        """
 
 
 class RewardError(RuntimeError):
     """A reward raised, or returned something that is no score."""
 
 
-def score_rewards(rewards: Sequence[Reward], batch: RewardBatch) -> dict[str, Float[Tensor, " samples"]]:
-    """Scores completions by every reward.
-
-    Args:
-        rewards: the rewards, of different names.
-        batch: the completions.
-
-    Returns:
-        The scores by name of the reward, NaN where it does not apply.
+def checked_score(score: Any) -> float | None:  # noqa: ANN401
+    """A score as a float; None stays None.
 
     Raises:
-        RewardError: if a reward raises, returns the wrong number of scores, or one that is not a finite float.
+        ValueError: if it is neither a finite float nor None; the message says what it is.
     """
-    names = [reward.name for reward in rewards]
-    if len(set(names)) != len(names):
-        raise RewardError(f"rewards must have different names, got {names}; set `name` on one of them")
-    return {reward.name: _checked_scores(reward, batch) for reward in rewards}
-
-
-def _checked_scores(reward: Reward, batch: RewardBatch) -> Float[Tensor, " samples"]:
-    try:
-        scores: Any = reward.score(batch)
-        if isinstance(scores, Iterable):
-            scores = list(scores)  # a generator of scores raises here
-    except Exception as error:
-        raise RewardError(f"reward {reward.name!r} raised {error!r}; {_culprit(reward, batch)}") from error
-    if not isinstance(scores, list):
-        raise RewardError(f"reward {reward.name!r} must return a list of scores, got {type(scores).__name__}")
-    if len(scores) != len(batch):
-        raise RewardError(f"reward {reward.name!r} returned {len(scores)} scores for {len(batch)} completions")
-    for i, score in enumerate(scores):
-        if score is not None and (not isinstance(score, int | float) or not math.isfinite(score)):
-            raise RewardError(
-                f"reward {reward.name!r} returned {score!r}, which is neither a finite float nor None, "
-                f"for {_sample(batch, i)}"
-            )
-    return torch.tensor([math.nan if score is None else float(score) for score in scores])
-
-
-def _culprit(reward: Reward, batch: RewardBatch) -> str:
-    """Names the first completion that makes the reward raise, by scoring them one at a time."""
-    for i in range(len(batch)):
-        one = slice(i, i + 1)
-        single = RewardBatch(
-            prompts=batch.prompts[one],
-            completions=batch.completions[one],
-            completion_ids=batch.completion_ids[one],
-            finish_reasons=batch.finish_reasons[one],
-            columns={name: values[one] for name, values in batch.columns.items()},
-        )
-        try:
-            reward.score(single)
-        except Exception:  # noqa: BLE001 - a user's code may raise anything; the first error is the one reported
-            return f"it does so for {_sample(batch, i)}"
-    return f"no single completion of the {len(batch)} makes it raise"
-
-
-def _sample(batch: RewardBatch, i: int) -> str:
-    row = {name: values[i] for name, values in batch.columns.items()}
-    return f"prompt {batch.prompts[i]!r}, completion {batch.completions[i]!r}, columns {row!r}"
-
-
-def combine_rewards(
-    parts: Mapping[str, Float[Tensor, " samples"]], weights: Mapping[str, float]
-) -> Float[Tensor, " samples"]:
-    """Weighted sum of the rewards of each completion, over those that apply.
-
-    Args:
-        parts: scores by name, NaN where a reward does not apply.
-        weights: factor by name.
-
-    Raises:
-        RewardError: if no reward applies to some completion: it would silently count as 0.
-    """
-    scores = torch.stack(list(parts.values()))
-    if (nowhere := scores.isnan().all(dim=0)).any():
-        raise RewardError(f"no reward applies to completion {int(nowhere.nonzero()[0])}: all returned None")
-    weight = torch.tensor([weights[name] for name in parts])
-    return (scores.nan_to_num(nan=0.0) * weight[:, None]).sum(dim=0)
+    if score is None:
+        return None
+    if not isinstance(score, int | float) or not math.isfinite(score) or abs(score) > LARGEST_SCORE:
+        raise ValueError(f"returned {score!r}, which is neither a finite float nor None")
+    return float(score)

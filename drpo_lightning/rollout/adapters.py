@@ -98,13 +98,20 @@ def write_adapter(folder: str | Path, config: Mapping[str, Any], weights: Iterab
 
     Args:
         folder: where to; made if it does not exist, and what it holds of an adapter is replaced.
-        config: content of `adapter_config.json`.
+        config: content of `adapter_config.json`; its `target_modules` become the layers that there are weights for.
         weights: name and tensor, as `adapter_weights` yields them.
+
+    Raises:
+        ValueError: if the folder holds a whole model, which would be loaded with the adapters on top.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
+    if (folder / "config.json").exists():
+        raise ValueError(f"the folder {str(folder)!r} holds a model, on which adapters would be loaded; take another")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights}
+    layers = sorted({match["module"] for name in tensors if (match := SAVED_FACTOR.fullmatch(name))})
+    content = {**config, "target_modules": layers}
+    (folder / "adapter_config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

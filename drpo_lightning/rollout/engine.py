@@ -32,12 +32,19 @@ class RolloutEngine(ABC):
         context_tokens: most tokens of a sequence; known once started.
         dtype_name: precision of the engine's weights, `float32`, `bfloat16`, `fp8` and so on; known once started.
         max_context_tokens: most tokens of a sequence as configured; None leaves it to the model.
+        max_restarts: failures in a row after which it is started again; 0 where it cannot be, as in the trainer's
+            process.
+        num_restarts: times that it was started again since it was first started.
+        timeout_seconds: the longest that a call should take.
     """
 
     cache_block_tokens: int = 0
     context_tokens: int = 0
     dtype_name: str = ""
     max_context_tokens: int | None = None
+    max_restarts: int = 0
+    num_restarts: int = 0
+    timeout_seconds: float = 3600.0
 
     def __init__(self, sleep: SleepMode = "auto") -> None:
         self.sleep_mode = sleep
@@ -143,6 +150,10 @@ class RolloutEngine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Ends the engine and frees what it holds. May be called again, and before `start`."""
+
+    def abandon(self) -> None:
+        """Ends an engine that has failed, to be started again by the same ranks."""
+        self.close()
 
     def check_sleep(self) -> None:
         """Raises `SettingError` if `sleep: always` is asked of a started engine that cannot sleep."""

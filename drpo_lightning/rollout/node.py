@@ -2,7 +2,6 @@
 
 import contextlib
 import socket
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -16,6 +15,7 @@ from torch import distributed as dist
 from drpo_lightning.batch import Completion, Sampling
 from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout.engine import EngineError, RolloutEngine
+from drpo_lightning.rollout.weights import WeightStream
 
 T = TypeVar("T")
 
@@ -24,9 +24,9 @@ class NodeEngine(RolloutEngine):
     """Shares one engine among the trainer's ranks of a machine: the first of them, the leader, has it.
 
     The prompts of all its ranks are generated in one call, and each rank gets the completions of its own prompts.
-    `start` is collective over all ranks; all else but `close` over those of a machine, the ones with the same host
-    name. What fails on the leader is raised on each of them. Alone on its machine a rank uses the engine as if it were
-    its own.
+    The first `start` is collective over all ranks; all else but `close` over those of a machine, the ones with the same
+    host name. What fails on the leader is raised on each of them. Alone on its machine a rank uses the engine as if it
+    were its own.
 
     Args:
         engine: what the ranks share.
@@ -45,7 +45,9 @@ class NodeEngine(RolloutEngine):
         self.timeout_seconds = timeout_seconds
         self.max_context_tokens = engine.max_context_tokens
         self.dtype_name = engine.dtype_name
+        self.max_restarts = engine.max_restarts
         self._group: dist.ProcessGroup | None = None
+        self._knows_group = False
         self._can_sleep = False
         self._is_started = False
 
@@ -88,7 +90,9 @@ class NodeEngine(RolloutEngine):
         adapter_rank: int | None = None,
     ) -> None:
         """Finds the ranks of each machine and starts the engine on the leader's device. Collective over all ranks."""
-        self._group = _ranks_of_this_machine(timedelta(seconds=self.timeout_seconds))
+        if not self._knows_group:
+            self._group = _ranks_of_this_machine(timedelta(seconds=self.timeout_seconds))
+            self._knows_group = True
 
         def start() -> _Properties:
             self.engine.start(
@@ -105,6 +109,7 @@ class NodeEngine(RolloutEngine):
         self.cache_block_tokens = properties.cache_block_tokens
         self.context_tokens = properties.context_tokens
         self.dtype_name = properties.dtype_name
+        self.max_restarts = properties.max_restarts
         self._can_sleep = properties.can_sleep
         self._is_started = True
 
@@ -152,7 +157,10 @@ class NodeEngine(RolloutEngine):
                 )
         prompt_ids = [ids for request in requests for ids in request.prompt_ids]
         seeds = [seed for request in requests for seed in request.seeds] if settings.pop("seeded") else None
-        groups = iter(self.engine.generate(prompt_ids, **settings, seeds=seeds))
+        answered = self.engine.generate(prompt_ids, **settings, seeds=seeds)
+        if len(answered) != len(prompt_ids):
+            raise EngineError(f"the engine returned completions of {len(answered)} prompts for {len(prompt_ids)}")
+        groups = iter(answered)
         return [list(islice(groups, len(request.prompt_ids))) for request in requests]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -170,9 +178,9 @@ class NodeEngine(RolloutEngine):
     def _load(
         self, method: str, load: Callable[[Iterable[tuple[str, Tensor]]], None], weights: Iterable[tuple[str, Tensor]]
     ) -> None:
-        stream = _Stream(weights)
+        stream = WeightStream(weights)
         parts = self._attempt(self._for_each(partial(load, stream)))
-        stream.drain()
+        stream.drain()  # a failure of the source is each rank's own, not the leader's
         self._share(method, parts)
 
     def _sleep(self) -> None:
@@ -183,8 +191,12 @@ class NodeEngine(RolloutEngine):
 
     def close(self) -> None:
         """Ends the engine. Not collective."""
+        self.abandon()
+        self._group, self._knows_group = None, False
+
+    def abandon(self) -> None:
+        """Ends the engine; to start it again is up to the ranks of its machine alone. Not collective."""
         self._is_started = False
-        self._group = None
         self.engine.close()
 
     def _for_each(self, compute: Callable[[], T]) -> Callable[[], list[T]]:
@@ -244,6 +256,7 @@ class _Properties(NamedTuple):
     cache_block_tokens: int
     context_tokens: int
     dtype_name: str
+    max_restarts: int
     can_sleep: bool
 
     @classmethod
@@ -257,29 +270,6 @@ class _Request(NamedTuple):
     prompt_ids: Sequence[Sequence[int]]
     seeds: Sequence[int]
     settings: dict[str, Any]
-
-
-class _Stream(Iterator[tuple[str, Tensor]]):
-    """Weights on their way to an engine; keeps none, and tells a failure of their source from one of the engine."""
-
-    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self._weights = iter(weights)
-        self._error: Exception | None = None
-
-    def __next__(self) -> tuple[str, Tensor]:
-        try:
-            return next(self._weights)
-        except StopIteration:
-            raise
-        except Exception as error:
-            self._error = error
-            raise
-
-    def drain(self) -> None:
-        """Takes what is left. Raises what the source has raised: its failure is each rank's own, not the leader's."""
-        if self._error is not None:
-            raise self._error
-        deque(self, maxlen=0)
 
 
 def _ranks_of_this_machine(timeout: timedelta) -> dist.ProcessGroup | None:

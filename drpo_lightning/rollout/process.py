@@ -2,54 +2,75 @@
 
 import atexit
 import contextlib
+import math
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import time
-import traceback
-from collections.abc import Iterable, Iterator
-from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import wait
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from drpo_lightning.rollout.engine import EngineError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from drpo_lightning.rollout.output import ChildOutput
+from drpo_lightning.rollout.served import STACKS_SIGNAL, Heartbeat, serve
 
 BUCKET_BYTES = 64 * 2**20
 """Weights travel in buckets of at least this size; a larger tensor has a bucket of its own size."""
+POLL_SECONDS = 0.1
+STACKS_SECONDS = 0.5
+"""What a hung child gets to print where it is."""
+NUM_LAST_LINES = 40
+"""Of the child's output, in an error."""
 
 
 class EngineProcess:
     """Runs an object in a child process and calls its methods there.
 
-    Every wait has a timeout, and notices the child's death at once. The child ends itself when its parent is gone.
+    The child's death is noticed at once. While a call lasts a thread looks at the clock and ends a child that takes too
+    long, so that nothing waits for ever: neither for an answer nor, with a stopped child, for it to take the question.
+    The child ends itself when its parent, the thread that made this object, is gone.
 
     Args:
         factory: builds the object in the child; importable by name.
         args: arguments of the factory.
         environment: environment variables of the child, set before it imports anything heavy.
         bucket_bytes: size of the shared buffer that weights travel through, at least that of the largest tensor.
+        heartbeat: what the object shows progress with, if it does; one of `args`, too.
     """
 
     def __init__(
-        self, factory: "Callable[..., Any]", args: tuple[Any, ...], environment: dict[str, str], bucket_bytes: int
+        self,
+        factory: Callable[..., Any],
+        args: tuple[Any, ...],
+        environment: dict[str, str],
+        bucket_bytes: int,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, child = context.Pipe()
+        output, childs_output = context.Pipe(duplex=False)
         self._buffer = torch.empty(bucket_bytes, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
-        # Not a daemon, which could have no children of its own; `_watch_parent` sees to it that it never outlives us.
+        self._heartbeat = heartbeat
+        self._is_idle = True
+        """False while the child works on a call, and for ever after a call that was broken off."""
+        self._verdict = ""
+        """Why the child was ended."""
+        # Not a daemon, which could have no children of its own.
         with _environment(environment):
             self._process = context.Process(
-                target=_serve, args=(child, self._buffer, factory, args), name="rollout-engine"
+                target=serve,
+                args=(child, childs_output, self._buffer, os.getpid(), factory, args),
+                name="rollout-engine",
             )
             self._process.start()
         child.close()
+        childs_output.close()
+        self._output = ChildOutput(output)
         # A Python program that forgets to close us would otherwise wait for the child for ever when it ends.
         atexit.register(self.close)
 
@@ -58,14 +79,27 @@ class EngineProcess:
         """Process id of the child."""
         return self._process.pid
 
-    def call(self, method: str, *args: Any, timeout_seconds: float, **kwargs: Any) -> Any:  # noqa: ANN401
+    def call(
+        self,
+        method: str,
+        *args: Any,  # noqa: ANN401
+        timeout_seconds: float,
+        stall_timeout_seconds: float = math.inf,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
         """Calls a method of the object in the child and returns its result.
 
+        Args:
+            method: its name.
+            args: its arguments.
+            timeout_seconds: how long it may take.
+            stall_timeout_seconds: how long it may go without a heartbeat.
+            kwargs: its arguments by name.
+
         Raises:
-            EngineError: if the method raised there, the child died, or no answer came in time.
+            EngineError: if the method raised there, the child died, or was ended since it took too long.
         """
-        self._send((method, args, kwargs))
-        return self._receive(method, timeout_seconds)
+        return self._exchange(method, [(method, args, kwargs)], timeout_seconds, stall_timeout_seconds)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, timeout_seconds: float) -> None:
         """Streams weights through the shared buffer into the object's `load_weights`.
@@ -73,12 +107,12 @@ class EngineProcess:
         Raises:
             EngineError: as `call`; the timeout is for each bucket.
         """
-        self._send(("load_weights", (), {}))
+        head: list[Any] = [("load_weights", (), {})]
         for layout in self._fill_buckets(weights):
-            self._send(layout)
-            self._receive("load_weights", timeout_seconds)
-        self._send(None)
-        self._receive("load_weights", timeout_seconds)
+            self._exchange("load_weights", [*head, layout], timeout_seconds)
+            head = []
+            self._is_idle = False  # it waits for the next bucket
+        self._exchange("load_weights", [*head, None], timeout_seconds)
 
     def _fill_buckets(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, torch.dtype, Any, int]]]:
         """Copies tensors into the buffer; yields name, dtype, shape and offset of each whenever it is full."""
@@ -96,47 +130,100 @@ class EngineProcess:
         if layout:
             yield layout
 
-    def _send(self, message: Any) -> None:  # noqa: ANN401
+    def _exchange(
+        self, method: str, messages: Iterable[Any], timeout_seconds: float, stall_timeout_seconds: float = math.inf
+    ) -> Any:  # noqa: ANN401
+        """Sends messages and returns the answer."""
+        self._is_idle = False
         try:
-            self._connection.send(message)
-        except OSError as error:
-            raise EngineError(self._death_notice()) from error
-
-    def _receive(self, method: str, timeout_seconds: float) -> Any:  # noqa: ANN401
-        ready = wait([self._connection, self._process.sentinel], timeout_seconds)
-        if self._connection in ready:
-            try:
+            with self._watched(method, timeout_seconds, stall_timeout_seconds):
+                for message in messages:
+                    self._connection.send(message)
                 kind, value = self._connection.recv()
-            except (EOFError, OSError) as error:
-                raise EngineError(self._death_notice()) from error
-            if kind == "error":
-                raise EngineError(f"`{method}` failed in the engine's process:\n{value}")
-            return value
-        if ready:
-            raise EngineError(self._death_notice())
-        self.close()
-        raise EngineError(
-            f"the engine's process did not answer `{method}` within {timeout_seconds:g} s and was ended; "
-            "raise the engine's timeout if it only needs longer"
-        )
+        except (EOFError, OSError) as error:
+            raise EngineError(self._obituary(method)) from error
+        self._is_idle = True
+        if kind == "error":
+            raise EngineError(f"`{method}` failed in the engine's process:\n{value}")
+        return value
 
-    def _death_notice(self) -> str:
+    @contextlib.contextmanager
+    def _watched(self, method: str, timeout_seconds: float, stall_timeout_seconds: float) -> Iterator[None]:
+        """Ends the child if the block takes too long: what the block waits for then ends with an error."""
+        is_over = threading.Event()
+        arguments = (is_over, method, timeout_seconds, stall_timeout_seconds)
+        thread = threading.Thread(target=self._watch, args=arguments, name="engine-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+
+    def _watch(
+        self, is_over: threading.Event, method: str, timeout_seconds: float, stall_timeout_seconds: float
+    ) -> None:
+        started = last_beat = time.monotonic()
+        count = 0
+        while not is_over.wait(POLL_SECONDS):
+            now = time.monotonic()
+            if self._heartbeat is not None and self._heartbeat.count != count:
+                count, last_beat = self._heartbeat.count, now
+            if wait([self._process.sentinel], 0):
+                self._kill()  # its own children, who may hold our pipe open
+                return
+            if now - started > timeout_seconds:
+                self._verdict = f"did not answer `{method}` within {timeout_seconds:g} s and was ended"
+            elif now - last_beat > stall_timeout_seconds:
+                self._verdict = f"made no progress in `{method}` for {stall_timeout_seconds:g} s and was ended"
+            else:
+                continue
+            self._signal(STACKS_SIGNAL)
+            wait([self._process.sentinel], STACKS_SECONDS)
+            self._kill()
+            return
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid or 0, number)
+
+    def _kill(self) -> None:
+        """Ends the child and what it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid or 0, signal.SIGKILL)
+        self._process.kill()
+
+    def _obituary(self, method: str) -> str:
+        """What became of the child, and the last that it printed."""
         self._process.join(timeout=5)
-        return f"the engine's process died (exit code {self._process.exitcode}); its own output stands above"
+        self._kill()
+        end = f"{self._verdict}; raise the engine's timeout if it only needs longer"
+        if not self._verdict:
+            end = f"died {_cause_of_death(self._process.exitcode)} in `{method}`"
+        lines = self._output.last_lines(NUM_LAST_LINES)
+        return f"the engine's process {end}." + (f" Its last output:\n{lines}" if lines else " It printed nothing.")
 
     def close(self, timeout_seconds: float = 5.0) -> None:
-        """Ends the child: asks it to, then kills it and its process group. May be called again."""
+        """Ends the child: asks it to unless it is at work, then kills it and its process group. May be called again."""
         atexit.unregister(self.close)
-        if self._process.is_alive():
+        if self._connection.closed:
+            return
+        if self._is_idle:
             with contextlib.suppress(OSError):
                 self._connection.send(("close", (), {}))
             self._process.join(timeout_seconds)
-        if self._process.is_alive():
-            with contextlib.suppress(OSError):
-                os.killpg(self._process.pid or 0, signal.SIGKILL)
-            self._process.kill()
-            self._process.join(timeout_seconds)
+        self._kill()
+        self._process.join(timeout_seconds)
         self._connection.close()
+
+
+def _cause_of_death(exit_code: int | None) -> str:
+    """How a process ended, in words."""
+    if exit_code is None or exit_code >= 0:
+        return f"(exit code {exit_code})"
+    name = signal.Signals(-exit_code).name
+    hint = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
+    return f"(killed by {name}{hint})"
 
 
 @contextlib.contextmanager
@@ -152,58 +239,3 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _watch_parent() -> None:
-    """Ends this process and its own children as soon as the parent is gone."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
-
-
-def _serve(connection: Connection, buffer: Tensor, factory: "Callable[..., Any]", args: tuple[Any, ...]) -> None:
-    """Main function of the child: answers calls until `close`."""
-    os.setpgid(0, 0)  # a Ctrl-C in the terminal is for the trainer, which ends this process in order
-    _watch_parent()
-    try:
-        target = factory(*args)
-    except Exception:  # noqa: BLE001 - whatever it is, it is the answer to the first call
-        with contextlib.suppress(EOFError):
-            connection.recv()
-            connection.send(("error", traceback.format_exc()))
-        return
-    while True:
-        try:
-            method, call_args, kwargs = connection.recv()
-        except EOFError:
-            return
-        if method == "close":
-            target.close()
-            return
-        try:
-            if method == "load_weights":
-                target.load_weights(_incoming_weights(connection, buffer))
-                result = None
-            else:
-                result = getattr(target, method)(*call_args, **kwargs)
-        except Exception:  # noqa: BLE001 - whatever it is, it belongs to the caller in the other process
-            connection.send(("error", traceback.format_exc()))
-        else:
-            # Plain bytes: sent as they are, tensors would each hold a file descriptor open.
-            connection.send_bytes(pickle.dumps(("ok", result)))
-
-
-def _incoming_weights(connection: Connection, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of each bucket as copies, since an engine may keep them until a layer is complete."""
-    while (layout := connection.recv()) is not None:
-        tensors = []
-        for name, dtype, shape, offset in layout:
-            size = torch.Size(shape).numel() * dtype.itemsize
-            tensors.append((name, buffer[offset : offset + size].view(dtype).view(shape).clone()))
-        connection.send(("ok", None))
-        yield from tensors

@@ -1,6 +1,7 @@
 """Rollouts by vLLM, in the trainer's process or in one of its own."""
 
 import importlib.util
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,12 +14,16 @@ from drpo_lightning.batch import Completion, Sampling
 from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout.adapters import write_adapter
 from drpo_lightning.rollout.engine import EngineError, RolloutEngine, SleepMode
+from drpo_lightning.rollout.in_process_vllm import InProcessVLLM
 from drpo_lightning.rollout.process import BUCKET_BYTES, EngineProcess
-from drpo_lightning.rollout.randomness import OwnRandomness
+from drpo_lightning.rollout.served import Heartbeat
 from drpo_lightning.rollout.weights import model_weight_shapes
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `max_lora_rank`."""
+
+
+TIMEOUTS = ("start_timeout_seconds", "generate_timeout_seconds", "sync_timeout_seconds", "stall_timeout_seconds")
 
 
 class VLLMEngine(RolloutEngine):
@@ -35,9 +40,13 @@ class VLLMEngine(RolloutEngine):
         enforce_eager: skips compilation and CUDA graphs: a faster start, slower generation.
         engine_kwargs: further arguments of `vllm.LLM`, passed through untouched.
         start_timeout_seconds: how long an engine in a process of its own may take to start. In the trainer's process
-            nothing is waited for, and the three time-outs have no meaning.
+            nothing is waited for, and neither the time-outs nor `max_restarts` have a meaning.
         generate_timeout_seconds: how long it may take to sample one rollout.
+        stall_timeout_seconds: how long it may take for one step of that, one token of each running sequence.
         sync_timeout_seconds: how long it may take to load one bucket of weights.
+        max_restarts: an engine in a process of its own that dies, fails or takes too long is ended, started again with
+            the trainer's weights, and asked again, up to so many times in a row; 0 ends the run at the first failure.
+            One that has never come up always does.
         sleep: see `RolloutEngine`. A GPU engine can, a CPU engine cannot.
     """
 
@@ -53,12 +62,16 @@ class VLLMEngine(RolloutEngine):
         start_timeout_seconds: float = 600.0,
         generate_timeout_seconds: float = 1800.0,
         sync_timeout_seconds: float = 300.0,
+        stall_timeout_seconds: float = 300.0,
+        max_restarts: int = 3,
         sleep: SleepMode = "auto",
     ) -> None:
         super().__init__(sleep)
-        for name in ("start_timeout_seconds", "generate_timeout_seconds", "sync_timeout_seconds"):
+        for name in TIMEOUTS:
             if not (value := locals()[name]) > 0:
                 raise ValueError(f"`{name}` must be positive, got {value}")
+        if max_restarts < 0:
+            raise ValueError(f"`max_restarts` must not be negative, got {max_restarts}")
         self.process = process
         self.llm_kwargs: dict[str, Any] = {
             "dtype": dtype,
@@ -82,7 +95,10 @@ class VLLMEngine(RolloutEngine):
         self.start_timeout_seconds = start_timeout_seconds
         self.generate_timeout_seconds = generate_timeout_seconds
         self.sync_timeout_seconds = sync_timeout_seconds
-        self._local: _VLLM | None = None
+        self.stall_timeout_seconds = stall_timeout_seconds
+        self.timeout_seconds = max(start_timeout_seconds, generate_timeout_seconds, sync_timeout_seconds)
+        self.max_restarts = 0 if process == "in_process" else max_restarts
+        self._local: InProcessVLLM | None = None
         self._remote: EngineProcess | None = None
         self._on_cpu = True
         self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
@@ -138,12 +154,18 @@ class VLLMEngine(RolloutEngine):
         llm_kwargs |= self._memory_kwargs() | adapter_kwargs(adapter_rank)
         if in_process:
             os.environ.update(_environment_of_engine(device, own_process=False))
-            self._local = _VLLM(llm_kwargs)
+            self.max_restarts = 0
+            self._local = InProcessVLLM(llm_kwargs)
         else:
             shapes = model_weight_shapes(model, trust_remote_code=trust_remote_code)
             largest = max(shape.numel() for shape in shapes.values()) * torch.float32.itemsize
+            heartbeat = Heartbeat()
             self._remote = EngineProcess(
-                _VLLM, (llm_kwargs,), _environment_of_engine(device, own_process=True), max(BUCKET_BYTES, largest)
+                InProcessVLLM,
+                (llm_kwargs, heartbeat),
+                _environment_of_engine(device, own_process=True),
+                max(BUCKET_BYTES, largest),
+                heartbeat,
             )
         try:
             self.context_tokens, self.cache_block_tokens, self.dtype_name = self._call(
@@ -166,7 +188,10 @@ class VLLMEngine(RolloutEngine):
     def _call(self, method: str, timeout_seconds: float, *args: Any) -> Any:  # noqa: ANN401
         """Calls the engine, here or in its own process. Here a timeout has no meaning: it is our own computation."""
         if self._remote is not None:
-            return self._remote.call(method, *args, timeout_seconds=timeout_seconds)
+            stall_seconds = self.stall_timeout_seconds if method == "generate" else math.inf
+            return self._remote.call(
+                method, *args, timeout_seconds=timeout_seconds, stall_timeout_seconds=stall_seconds
+            )
         return getattr(self._local, method)(*args)
 
     def generate(
@@ -255,103 +280,3 @@ def _environment_of_engine(device: torch.device, *, own_process: bool) -> dict[s
         # The engine is alone in its world, whatever the trainer's ranks are called.
         environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     return environment
-
-
-class _VLLM:
-    """vLLM's engine in this process."""
-
-    def __init__(self, llm_kwargs: dict[str, Any]) -> None:
-        self._own_randomness = OwnRandomness()
-        with self._own_randomness():
-            from vllm import LLM
-
-            self._llm = LLM(**llm_kwargs)
-        self._adapter: Any = None
-
-    def properties(self) -> tuple[int, int, str]:
-        """Tokens of the context, tokens of one block of the prefix cache (0 if it is off), and the precision."""
-        config = self._llm.llm_engine.vllm_config
-        block = config.cache_config.block_size if config.cache_config.enable_prefix_caching else 0
-        precision = config.model_config.quantization or str(config.model_config.dtype).removeprefix("torch.")
-        return config.model_config.max_model_len, block, precision
-
-    def generate(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        sampling: Sampling,
-        num_samples: int,
-        stop_token_ids: Sequence[int],
-        seeds: Sequence[int] | None,
-        num_topk: int,
-    ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`."""
-        from vllm import SamplingParams, TokensPrompt
-
-        parameters = [
-            SamplingParams(
-                n=num_samples,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_tokens=sampling.max_tokens,
-                stop_token_ids=list(stop_token_ids),
-                ignore_eos=True,  # `stop_token_ids` are the only tokens that stop
-                logprobs=num_topk,
-                flat_logprobs=True,
-                detokenize=False,
-                seed=None if seeds is None else seeds[i],
-            )
-            for i in range(len(prompt_ids))
-        ]
-        prompts = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompt_ids]
-        with self._own_randomness():
-            outputs = self._llm.generate(prompts, parameters, use_tqdm=False, lora_request=self._adapter)
-        return [
-            [_completion(sample, num_topk) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
-            for output in outputs
-        ]
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """See `RolloutEngine.load_weights`."""
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        self._reset_prefix_cache()
-
-    def load_adapter(self, folder: str) -> None:
-        """Loads the adapters in a folder in place of those that were loaded before."""
-        from vllm.lora.request import LoRARequest
-
-        # A request that says `load_inplace` would read the folder again at every step of generation.
-        if not self._llm.llm_engine.add_lora(LoRARequest("policy", 1, folder, load_inplace=True)):
-            raise EngineError("vLLM did not load the adapters")
-        self._adapter = LoRARequest("policy", 1, folder)
-        self._reset_prefix_cache()
-
-    def _reset_prefix_cache(self) -> None:
-        if not self._llm.reset_prefix_cache():
-            raise EngineError("the prefix cache could not be reset: requests of an earlier rollout hold its blocks")
-
-    def sleep(self) -> None:
-        """Frees the KV cache and moves the weights to the host's memory."""
-        self._llm.sleep(level=1)
-
-    def wake(self) -> None:
-        """Undoes `sleep`."""
-        self._llm.wake_up()
-
-    def close(self) -> None:
-        """Ends the engine."""
-        self._llm.llm_engine.engine_core.shutdown()
-
-
-def _completion(sample: Any, num_topk: int) -> Completion:  # noqa: ANN401
-    """Our completion from vLLM's `CompletionOutput`: at each place the sampled token's logprob, then the top K."""
-    if sample.finish_reason not in ("stop", "length"):
-        raise EngineError(f"vLLM ended a completion with {sample.finish_reason!r} instead of `stop` or `length`")
-    token_ids = list(sample.token_ids)
-    shape = (len(token_ids), -1)
-    ids = torch.tensor(sample.logprobs.token_ids).view(shape)
-    logprobs = torch.tensor(sample.logprobs.logprobs).view(shape)
-    if ids[:, 0].tolist() != token_ids:
-        raise EngineError("vLLM returned logprobs of other tokens than it sampled")
-    topk = {"topk_ids": ids[:, 1:].clone(), "topk_logprobs": logprobs[:, 1:].clone()} if num_topk else {}
-    return Completion(token_ids, logprobs[:, 0].tolist(), sample.finish_reason, **topk)

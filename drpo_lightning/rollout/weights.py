@@ -1,7 +1,8 @@
 """The trainer's weights on their way to an engine."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +39,43 @@ class WeightSource(ABC):
         Collective, too.
         """
         raise NotImplementedError(f"{type(self).__name__} has no adapters")
+
+
+class RepeatableWeights(Iterable[tuple[str, Tensor]]):
+    """Weights that are gathered anew each time that they are iterated over.
+
+    Args:
+        gather: begins to gather them, as `WeightSource.named_weights`.
+    """
+
+    def __init__(self, gather: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
+        self._gather = gather
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._gather()
+
+
+class WeightStream(Iterator[tuple[str, Tensor]]):
+    """Weights on their way to an engine; keeps none, and tells a failure of their source from one of the engine."""
+
+    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._weights = iter(weights)
+        self._error: Exception | None = None
+
+    def __next__(self) -> tuple[str, Tensor]:
+        try:
+            return next(self._weights)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self._error = error
+            raise
+
+    def drain(self) -> None:
+        """Takes what is left, since gathering it is collective. Raises what the source has raised."""
+        if self._error is not None:
+            raise self._error
+        deque(self, maxlen=0)
 
 
 def model_weight_shapes(model: str, *, trust_remote_code: bool = False) -> dict[str, torch.Size]:

@@ -70,7 +70,7 @@ def test_the_newest_checkpoint_is_kept_and_the_last_is_a_link_to_it(finished):
     assert sorted(path.name for path in checkpoints.iterdir()) == ["epoch=1-step=4.ckpt", "last.ckpt"]
     assert (checkpoints / "last.ckpt").readlink() == Path("epoch=1-step=4.ckpt")
     shards = {path.name for path in (checkpoints / "last.ckpt").iterdir()}
-    assert shards == {".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp"}
+    assert shards == {".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp", "checksums.json"}
 
 
 def test_the_shards_of_two_ranks_are_exported_as_the_run_itself_has_exported(finished, tmp_path):
@@ -106,7 +106,7 @@ def test_one_rank_goes_on_and_leaves_no_shards_of_two(finished, make_run, make_r
         warnings.filterwarnings("ignore", ".*(is not empty|dirpath has changed|changed since the checkpoint)")
         run.fit(ckpt_path=tmp_path / "link.ckpt")
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
-    assert {path.name for path in last.iterdir()} == {".metadata", "meta.pt", "__0_0.distcp"}
+    assert {path.name for path in last.iterdir()} == {".metadata", "meta.pt", "__0_0.distcp", "checksums.json"}
     trained = dict(run.module.named_weights())
     assert all(torch.equal(tensor, trained[name]) for name, tensor in read_checkpoint(last).weights.items())
 
@@ -149,3 +149,9 @@ def test_an_interrupt_of_one_rank_ends_both_with_a_checkpoint(finished, tmp_path
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert torch.load(last / "meta.pt", weights_only=True)["global_step"] >= 6
     read_checkpoint(last)
+
+
+def test_a_second_one_is_refused(make_run, tmp_path):
+    callbacks = [PolicyCheckpoint(dirpath=tmp_path / name, filename=name) for name in ("a", "b")]
+    with pytest.raises(ValueError, match=r"has two `PolicyCheckpoint`s.*ModelCheckpoint for a second rule"):
+        make_run(*callbacks, trainer={"enable_checkpointing": True}).fit()

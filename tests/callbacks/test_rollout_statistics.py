@@ -85,6 +85,49 @@ def test_two_ranks_have_the_statistics_of_one(make_rollout):
     assert metrics_of(*reversed(halves)) == pytest.approx(metrics_of(rollout))
 
 
+def test_dropped_samples_are_in_no_mean_but_are_counted(make_rollout):
+    nan = float("nan")
+    changes = {
+        "rewards": torch.tensor([nan, 0.5, 1.0, nan]),
+        "reward_parts": {"some": torch.tensor([nan, 0.5, 1.0, nan]), "other": torch.tensor([9.0, 2.0, nan, 9.0])},
+        "reward_errors": {"some": torch.tensor([True, False, False, False])},
+        "reward_timeouts": {"some": torch.tensor([False, False, False, True])},
+        "reference_penalties": torch.tensor([9.0, -0.5, -0.25, 9.0]),
+    }
+    rollout = make_rollout(**changes)
+    expected = {
+        "reward/mean": 0.75,
+        "reward/std": pytest.approx(0.25),
+        "reward/some/applies_fraction": 1.0,
+        "reward/some/mean": 0.75,
+        "reward/some/error_fraction": 0.25,
+        "reward/some/timeout_fraction": 0.25,
+        "reward/dropped_fraction": 0.5,
+        "reward/other/applies_fraction": 0.5,
+        "reward/other/mean": 2.0,
+        "reward/reference_kl/mean": pytest.approx(0.375),
+        "completions/mean_length": 3.0,
+        "completions/max_length": 6.0,
+        "completions/truncated_fraction": 0.25,
+        "group/zero_std_fraction": 1.0,
+        "tokens": 12.0,
+    }
+    assert metrics_of(rollout) == expected
+    halves = [
+        make_rollout(
+            **{name: getattr(rollout, name)[rows] for name in ("prompts", "prompt_ids", "completions", "texts")},
+            rewards=rollout.rewards[rows],
+            reference_penalties=rollout.reference_penalties[rows],
+            **{
+                name: {key: values[rows] for key, values in getattr(rollout, name).items()}
+                for name in ("reward_parts", "reward_errors", "reward_timeouts")
+            },
+        )
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    assert metrics_of(*halves) == expected
+
+
 def test_a_rollout_is_logged_at_the_steps_completed_before_it(make_run, make_memory, make_recorder):
     logger, recorder = make_memory(), make_recorder()
     rewards = [

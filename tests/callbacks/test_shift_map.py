@@ -14,7 +14,7 @@ from matplotlib.contour import ContourSet
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from drpo_lightning.callbacks import Guardrail, shift_map
+from drpo_lightning.callbacks import shift_map
 from drpo_lightning.callbacks.shift_map import (
     CLASSES,
     ShiftMap,
@@ -27,6 +27,7 @@ from drpo_lightning.callbacks.shift_map import (
 )
 from drpo_lightning.errors import SettingError
 from drpo_lightning.objectives import DPPO, DRPO, GSPO, ClippedRatio, MaskDRPO, TopKDPPO, Unregularized
+from tests.planted import Plant
 
 GRID = torch.linspace(0.01, 1, 100)
 
@@ -261,16 +262,12 @@ def test_the_boundary_is_that_of_the_objective_of_the_update(make_run, make_reco
     assert drawn == objectives == [DRPO(0.4), DRPO(0.2)]
 
 
-@pytest.mark.filterwarnings("ignore:Guardrail after")
+@pytest.mark.filterwarnings("ignore:update 2 has NaN or infinite policy_logprobs")
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty")
-def test_a_policy_that_is_nan_is_not_drawn(make_run, tmp_path):
-    class Breaks(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if batch_idx:
-                next(pl_module.parameters()).data.fill_(float("nan"))
-
+def test_a_token_that_is_nan_is_not_drawn(make_run, tmp_path):
     trainer = {"logger": TensorBoardLogger(tmp_path), "num_sanity_val_steps": 0}
-    make_run(Breaks(), ShiftMap(every_n_updates=1), Guardrail(rules=[]), trainer=trainer).fit()
+    plant = Plant("policy_logprobs", updates=[2], row=0)
+    make_run(plant, ShiftMap(every_n_updates=1), module={"max_skipped_updates": 1}, trainer=trainer).fit()
 
 
 def test_without_matplotlib_the_run_is_refused_with_the_way_out(make_run, make_recorder, monkeypatch):

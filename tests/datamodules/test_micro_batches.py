@@ -93,6 +93,8 @@ def test_sizes_of_updates_worked_by_hand():
     sizes = update_sizes(rollout, [[4], [0, 1], [2]], 2)
     assert sizes.tolist() == [[8.0, 3.0], [3.0, 1.0]]
     assert sizes.dtype == torch.float64
+    rollout.rewards[torch.tensor([0, 4])] = torch.nan  # dropped
+    assert update_sizes(rollout, [[4], [0, 1], [2]], 2).tolist() == [[2.0, 1.0], [3.0, 1.0]]
 
 
 @pytest.mark.parametrize(

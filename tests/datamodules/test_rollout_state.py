@@ -30,6 +30,8 @@ def values_of(field, samples):
         return GROUP
     if field.name == "columns":
         return {}
+    if kind.startswith("dict") and "Bool" in kind:
+        return {"one": torch.tensor(samples) % 2 == 0, "two": torch.tensor(samples) % 3 == 0}
     if kind.startswith("dict"):
         return {"one": torch.tensor(samples) * 1.0, "two": torch.tensor(samples) * 2.0}
     if "Tensor" in kind or "Float" in kind:

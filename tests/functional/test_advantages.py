@@ -1,5 +1,6 @@
 """Advantages of the samples of one prompt."""
 
+import math
 import statistics
 
 import pytest
@@ -70,6 +71,23 @@ def test_advantages_of_a_group_sum_to_zero_and_ignore_a_constant(kind):
     got = group_advantages(rewards, 4, kind=kind)
     torch.testing.assert_close(got.view(-1, 4).sum(dim=1), torch.zeros(6), rtol=0.0, atol=1e-5)
     torch.testing.assert_close(group_advantages(rewards + 8, 4, kind=kind), got, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000), groups=st.integers(1, 4), size=st.integers(2, 6))
+def test_a_dropped_sample_is_left_out_of_its_group(seed, groups, size):
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randint(0, 3, (groups * size,), generator=generator).float()
+    rewards[torch.rand(groups * size, generator=generator) < 0.4] = math.nan
+    for kind in ADVANTAGES:
+        got = group_advantages(rewards, size, kind=kind).tolist()
+        for start in range(0, groups * size, size):
+            places = [i for i in range(start, start + size) if not math.isnan(rewards[i])]
+            for i in set(range(start, start + size)) - set(places):
+                assert math.isnan(got[i])
+            kept = rewards[places]
+            alone = group_advantages(kept, len(places), kind=kind).tolist() if len(places) > 1 else [0.0] * len(places)
+            assert [got[i] for i in places] == alone
 
 
 def test_bad_settings_raise():

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 
 import pytest
 import torch
@@ -75,6 +76,7 @@ def test_a_run_in_bfloat16_validates(fit, precision):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, while it compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(" " in sys.prefix, reason="torch.compile does not quote the paths that it hands to the compiler")
 def test_compiled_layers_train_the_same_policy(fit):
     settings = {"trainer": {"max_epochs": 1}, "data": {"num_updates": 1}}
     compiled, ours = (fit(module={"compile_layers": on, "optimizer": sgd}, **settings)[0] for on in (True, False))

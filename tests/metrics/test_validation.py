@@ -117,3 +117,34 @@ def test_counts_are_right_in_a_module_of_low_precision(dtype):
     module.statistics.update(scored([1.0] * 999 + [0.0], 1))
     assert module.statistics.compute()["reward/mean"] == 0.999
     assert math.isclose(module.statistics.compute()["pass@1"], 0.999)
+
+
+def test_dropped_samples_count_neither_as_passed_nor_as_failed():
+    nan = math.nan
+    metric = ValidationStatistics()
+    metric.update(scored([1.0, nan, 0.0, nan, nan, nan, nan, 1.0, nan, nan, nan, nan], 4, truncated=(1, 7)))
+    assert metric.compute() == {
+        "reward/mean": pytest.approx(2 / 3),
+        "reward/dropped_fraction": pytest.approx(0.75),
+        "completions/mean_length": 1.0,
+        "completions/truncated_fraction": pytest.approx(2 / 12),
+        "pass@1": (1 / 2 + 1) / 2,
+        "pass@2": 1.0,
+    }
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0, math.nan]), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_pass_at_k_is_taken_over_the_prompts_with_enough_samples(groups):
+    metric = ValidationStatistics()
+    metric.update(scored([reward for group in groups for reward in group], 4))
+    result = metric.compute()
+    for k in (1, 2, 4):
+        kept = [[reward for reward in group if not math.isnan(reward)] for group in groups]
+        chances = []
+        for group in kept:
+            choices = [any(choice) for choice in itertools.combinations(group, k)]
+            chances += [sum(choices) / len(choices)] if choices else []
+        if chances:
+            assert result[f"pass@{k}"] == pytest.approx(sum(chances) / len(chances))
+        else:
+            assert f"pass@{k}" not in result

@@ -5,10 +5,13 @@ import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch.distributed.fsdp import MixedPrecision
 
 from drpo_lightning.batch import Sampling
 from drpo_lightning.modules.checks import (
+    check_adapters,
     check_model_folder,
+    check_optimizer,
     check_precision,
     check_sampling,
     check_strategy,
@@ -49,6 +52,8 @@ def test_a_strategy_without_support_is_refused():
         check_strategy(SimpleNamespace(root_device=torch.device("cpu")))
     with pytest.raises(ValueError, match=r"with `use_orig_params: false` is not supported.*leave the setting out"):
         check_strategy(strategy(FSDPStrategy(use_orig_params=False)))
+    with pytest.raises(ValueError, match=r"with `mixed_precision` is not supported.*set `trainer\.precision`"):
+        check_strategy(strategy(FSDPStrategy(mixed_precision=MixedPrecision())))
     with pytest.raises(ValueError, match=r"mps is not supported.*set `trainer.accelerator: cpu`"):
         check_strategy(SingleDeviceStrategy(device="mps"))
 
@@ -57,6 +62,21 @@ def test_a_strategy_without_support_is_refused():
 def test_a_precision_without_support_is_refused(precision):
     with pytest.raises(ValueError, match=f"`trainer.precision` {precision} is not supported; take one of 32-true"):
         check_precision(precision)
+
+
+def test_a_fused_optimizer_is_refused_where_gradients_are_scaled():
+    parameters = [torch.ones(2, requires_grad=True)]
+    for fused, precision in ((True, "bf16-mixed"), (None, "16-mixed"), (False, "16-mixed")):
+        check_optimizer(torch.optim.AdamW(parameters, fused=fused), precision)
+    with pytest.raises(ValueError, match=r"`fused: true` takes the loss scale off.*leave `fused` out"):
+        check_optimizer(torch.optim.AdamW(parameters, fused=True), "16-mixed")
+
+
+def test_adapters_are_refused_where_fsdp1_does_not_shard():
+    check_adapters(FSDPStrategy(), 2)
+    check_adapters(ModelParallelStrategy(), 1)
+    with pytest.raises(ValueError, match=r"on one rank does not work with `model\.peft`.*take `auto`"):
+        check_adapters(FSDPStrategy(), 1)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "16-mixed"])

@@ -1,5 +1,6 @@
 """LoRA: the adapters alone are trained, saved and synced, under every strategy, and the engine gets their sum."""
 
+import json
 import os
 
 import pytest
@@ -243,6 +244,8 @@ def test_an_engine_without_adapters_is_refused_with_a_way_out(make_adapted_run):
 
 def test_an_adapter_that_is_nan_is_not_sent(make_adapted_run, make_recorder):
     def poison(trainer, pl_module, batch_idx):
+        if batch_idx + 1 < trainer.num_training_batches:
+            return
         with torch.no_grad():
             pl_module.network.language_model.model.layers[1].mlp.up_proj.lora_B["default"].weight[0, 0] = torch.nan
 
@@ -397,6 +400,10 @@ def test_a_checkpoint_is_exported_as_the_merged_model_or_as_adapters_that_peft_l
     torch.testing.assert_close(logits_of(adapted), logits_of(exported), rtol=0, atol=1e-4)
     assert (logits_of(load(model_folder)) - logits_of(exported)).abs().max() > 0.1
     assert not list((tmp_path / "adapter").glob("model*"))
+    # The layers by their whole names: a regular expression is matched against other modules by PEFT.
+    layers = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert "model.layers.0.self_attn.q_proj" in layers
+    assert len(layers) == len([name for name in run.module.network.tensor_shapes if "lora_A" in name])
 
 
 def test_a_merged_export_is_rounded_after_the_sum(make_adapted_run, tmp_path):

@@ -519,3 +519,21 @@ def test_a_frozen_network_has_the_settings_of_the_policy(model_folder):
     )
     assert (network.temperature, network.chunk_size) == (0.7, 5)
     assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("settings", [None, ReferencePenalty(0.0, "k1", placement="reward"), ReferencePenalty(0.1)])
+def test_a_rollout_of_a_checkpoint_is_penalized_as_it_is_set_now(make_run, make_recorder, tmp_path, settings):
+    path = tmp_path / "run.ckpt"
+
+    def save(trainer, module, batch_idx):
+        if batch_idx == 0:
+            trainer.save_checkpoint(path)
+
+    penalty = ReferencePenalty(1.0, "k1", placement="reward")
+    saved = make_run(make_recorder(save), module={"reference": penalty}, trainer={"max_epochs": 1})
+    saved.fit()
+    assert saved.data.rollout.reference_penalties is not None
+    resumed = make_run(module={"reference": settings}, trainer={"max_epochs": 1})
+    resumed.fit(ckpt_path=path)
+    penalties = resumed.data.rollout.reference_penalties
+    assert penalties is None if settings is None or settings.placement == "loss" else not penalties.any()

@@ -70,6 +70,13 @@ def test_the_empty_model_has_real_buffers_and_tied_parameters_without_memory(mod
     assert len(layers(empty)) == loaded.config.num_hidden_layers
 
 
+def test_a_model_that_does_not_say_what_its_layers_are_is_refused(model_folder):
+    model = load_language_model(model_folder)
+    model._no_split_modules = None
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not say what its layers are.*take `ddp`"):
+        layers(model)
+
+
 def test_clipping_scales_the_gradient_to_the_norm_and_returns_what_it_was(model_folder):
     network = PolicyNetwork(load_language_model(model_folder))
     for parameter in network.parameters():

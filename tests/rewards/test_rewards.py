@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drpo_lightning.rewards import Reward, RewardBatch, combine_rewards, score_rewards
+from drpo_lightning.rewards import FailurePolicy, Reward, RewardBatch, RewardFailure, combine_rewards, score_rewards
 from drpo_lightning.rewards.base import RewardError
 
 
@@ -34,13 +34,13 @@ def batch(size=3):
 
 def scores(*values):
     """What `score_rewards` makes of a reward that returns these values."""
-    return score_rewards([Function(lambda _: values)], batch(len(values)))["test"]
+    return score_rewards([Function(lambda _: values)], batch(len(values))).parts["test"]
 
 
 def test_scores_stand_under_the_names_of_their_rewards():
     longest = Function(lambda b: [float(len(text)) for text in b.completions], "length")
     level = Function(lambda b: b.column("level"), "level")
-    parts = score_rewards([longest, level], batch())
+    parts = score_rewards([longest, level], batch()).parts
     assert {name: values.tolist() for name, values in parts.items()} == {"length": [12.0] * 3, "level": [0.0, 1.0, 2.0]}
     assert all(values.dtype == torch.float32 for values in parts.values())
 
@@ -55,7 +55,7 @@ def test_integers_and_the_float64_of_numpy_are_scores():
 
 def test_any_sequence_of_scores_will_do():
     reward = Function(lambda b: (float(i) for i in range(len(b))))
-    assert score_rewards([reward], batch())["test"].tolist() == [0.0, 1.0, 2.0]
+    assert score_rewards([reward], batch()).parts["test"].tolist() == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), "1.0", "nan", [1.0], 1j, object()])
@@ -142,3 +142,66 @@ def test_a_completion_that_no_reward_applies_to_is_refused():
     parts = {"a": torch.tensor([1.0, math.nan, 2.0]), "b": torch.tensor([10.0, math.nan, math.nan])}
     with pytest.raises(RewardError, match="no reward applies to completion 1: all returned None"):
         combine_rewards(parts, {"a": 1.0, "b": 1.0})
+
+
+@pytest.mark.parametrize("size", [1e39, -1e300])
+def test_a_score_beyond_float32_is_refused(size):
+    with pytest.raises(RewardError, match="neither a finite float nor None"):
+        scores(size)
+
+
+def test_a_sum_beyond_float32_is_refused():
+    with pytest.raises(RewardError, match="the weighted sum of the rewards of completion 1 is not finite"):
+        combine_rewards({"a": torch.tensor([0.0, 3e38])}, {"a": 2.0})
+
+
+def test_sys_exit_in_a_reward_does_not_end_the_run_as_a_success():
+    def leaves(_):
+        raise SystemExit(0)
+
+    with pytest.raises(RewardError, match=r"reward 'test' raised SystemExit\(0\)"):
+        score_rewards([Function(leaves)], batch())
+
+
+FAILURES = [0.5, RewardFailure("error", "fell", "its words"), None, RewardFailure("timeout", "slept")]
+
+
+def failing(name="test", **policy):
+    reward = Function(lambda _: FAILURES, name)
+    reward.failure_policy = FailurePolicy(**policy)
+    return reward
+
+
+def test_a_failure_of_a_reward_without_a_policy_is_no_score():
+    with pytest.raises(RewardError, match=r"returned RewardFailure\(.*neither a finite float nor None"):
+        score_rewards([Function(lambda _: FAILURES)], batch(4))
+
+
+def test_failures_raise_by_default():
+    with pytest.raises(
+        RewardError, match=r"(?s)reward 'test' fell, for prompt 'prompt 1'.*failed on 2 of 4.*\nits words"
+    ):
+        score_rewards([failing()], batch(4))
+
+
+def test_failures_are_dropped_or_scored_by_policy_and_counted():
+    always = Function(lambda _: [1.0, 2.0, 3.0, 4.0], "always")
+    dropping, scoring = failing("d", on_failure="drop_sample"), failing("s", on_failure="score", failure_score=-1.0)
+    result = score_rewards([always, dropping], batch(4))
+    assert result.dropped.tolist() == [False, True, False, True]
+    assert result.errors["d"].tolist() == [False, True, False, False]
+    assert result.timeouts["d"].tolist() == [False, False, False, True]
+    total = combine_rewards(result.parts, {"always": 1.0, "d": 2.0}, result.dropped).tolist()
+    assert (total[0], total[2]) == (2.0, 3.0)
+    assert math.isnan(total[1])
+    assert math.isnan(total[3])
+    result = score_rewards([always, scoring], batch(4))
+    assert not result.dropped.any()
+    assert combine_rewards(result.parts, {"always": 1.0, "s": 2.0}, result.dropped).tolist() == [2.0, 0.0, 3.0, 2.0]
+    assert (result.errors.keys(), result.timeouts.keys()) == ({"s"}, {"s"})
+
+
+def test_a_dropped_completion_needs_no_reward_that_applies_but_another_does():
+    result = score_rewards([failing(on_failure="drop_sample")], batch(4))
+    with pytest.raises(RewardError, match="no reward applies to completion 2"):
+        combine_rewards(result.parts, {"test": 1.0}, result.dropped)

@@ -139,6 +139,20 @@ def test_in_process_vllm_is_refused_on_several_ranks():
         VLLMEngine(process="in_process").start(MODEL, device=torch.device("cpu"), num_ranks=2, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [({"stall_timeout_seconds": 0}, "must be positive, got 0"), ({"max_restarts": -1}, "must not be negative, got -1")],
+)
+def test_settings_that_are_out_of_range_are_refused(setting, problem):
+    with pytest.raises(ValueError, match=f"`{next(iter(setting))}` {problem}"):
+        VLLMEngine(**setting)
+
+
+def test_vllm_in_the_trainers_process_cannot_be_restarted():
+    assert VLLMEngine(process="in_process").max_restarts == 0
+    assert VLLMEngine(process="own").max_restarts == 3
+
+
 def test_without_vllm_the_error_names_the_ways_out(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SettingError, match=r"vLLM is not installed.*TransformersEngine"):

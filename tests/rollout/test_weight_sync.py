@@ -7,7 +7,7 @@ from drpo_lightning.batch import Sampling
 from drpo_lightning.callbacks import SyncProbe
 from drpo_lightning.modules import PolicyModule
 from drpo_lightning.rollout import EngineError, VLLMEngine, check_weights
-from drpo_lightning.rollout.vllm import _VLLM
+from drpo_lightning.rollout.in_process_vllm import InProcessVLLM
 from drpo_lightning.rollout.weights import model_weight_shapes
 from tests.rollout.conftest import MODEL, start
 from tests.rollout.test_engines import EOS, TOLERANCE, trainer_logprobs
@@ -87,7 +87,7 @@ def test_a_weight_that_the_engine_refuses_is_an_error(vllm_engine, policy):
     assert worst_difference(vllm_engine, policy) < TOLERANCE
 
 
-class KeepsPrefixCache(_VLLM):
+class KeepsPrefixCache(InProcessVLLM):
     """vLLM without the safeguard against cached prefixes of older weights."""
 
     def load_weights(self, weights):
@@ -114,7 +114,7 @@ def test_the_probe_passes_after_every_sync(run_on_vllm):
 
 
 def test_the_probe_finds_a_prefix_cache_kept_from_older_weights(run_on_vllm, monkeypatch):
-    monkeypatch.setattr("drpo_lightning.rollout.vllm._VLLM", KeepsPrefixCache)
+    monkeypatch.setattr("drpo_lightning.rollout.vllm.InProcessVLLM", KeepsPrefixCache)
     with pytest.raises(EngineError, match=r"differ by .* nats on the probe"):
         run_on_vllm(SyncProbe()).fit()
 
@@ -130,8 +130,9 @@ def test_the_probe_finds_a_tied_head_left_behind(run_on_vllm, monkeypatch):
 
 def test_nan_weights_are_not_sent(run_on_vllm, make_recorder):
     def poison(trainer, pl_module, batch_idx):
-        with torch.no_grad():
-            pl_module.network.language_model.model.norm.weight[3] = torch.nan
+        if batch_idx == 1:
+            with torch.no_grad():
+                pl_module.network.language_model.model.norm.weight[3] = torch.nan
 
     run = run_on_vllm(recorder := make_recorder(poison))
     with pytest.raises(ValueError, match="a weight of the policy is NaN or infinite"):

@@ -1,0 +1,94 @@
+"""Which checkpoint `--ckpt_path` means, and how a run goes on in the log folder of the one that it resumes."""
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from drpo_lightning.callbacks import PolicyCheckpoint
+from drpo_lightning.checkpoints import newest_checkpoint, verify_checkpoint
+from drpo_lightning.errors import SettingError
+from drpo_lightning.log_position import go_on_from
+
+SPECIAL = ("best", "hpc")
+"""What else Lightning understands under `ckpt_path`."""
+
+
+def checkpoint_folders(trainer: Trainer) -> list[Path]:
+    """Folders that runs of this configuration write checkpoints to: of every version, unless one is configured.
+
+    Args:
+        trainer: before its run has begun.
+    """
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and not c.save_weights_only]
+    folders = [Path(callback.dirpath) for callback in callbacks if callback.dirpath is not None]
+    if len(folders) < len(callbacks):
+        folders += _default_folders(trainer)
+    return list(dict.fromkeys(folders))
+
+
+def _default_folders(trainer: Trainer) -> list[Path]:
+    """Where Lightning puts checkpoints without a `dirpath`."""
+    if not trainer.loggers:
+        return [Path(trainer.default_root_dir) / "checkpoints"]
+    logger = trainer.loggers[0]
+    runs = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
+    # Not `version`, which chooses one if none is configured.
+    if (version := getattr(logger, "_version", None)) is not None:
+        return [runs / (version if isinstance(version, str) else f"version_{version}") / "checkpoints"]
+    return sorted(runs.glob("*/checkpoints"))
+
+
+def checkpoint_to_resume(trainer: Trainer, asked: str | None) -> str | None:
+    """The checkpoint that `--ckpt_path` means, whole.
+
+    Args:
+        trainer: before its run has begun.
+        asked: `last` for the newest whole one of this configuration, or a path.
+
+    Returns:
+        Its path; None without one, also if `last` is asked for and there is none yet.
+
+    Raises:
+        SettingError: if the path is no whole checkpoint, or `last` finds none but damaged ones.
+    """
+    if asked is None or asked in SPECIAL or "://" in asked:
+        return asked
+    try:
+        if asked != "last":
+            verify_checkpoint(asked)
+            return asked
+        newest = newest_checkpoint(*checkpoint_folders(trainer))
+    except ValueError as error:
+        raise SettingError(f"`--ckpt_path {asked}`: {error}{_way_out(trainer, asked)}") from error
+    return None if newest is None else str(newest)
+
+
+def _way_out(trainer: Trainer, asked: str) -> str:
+    """Names a whole checkpoint instead of a damaged one."""
+    if asked == "last":
+        return ". Move the damaged checkpoints away to start from the beginning"
+    newest = newest_checkpoint(Path(asked).parent, *checkpoint_folders(trainer))
+    return "" if newest is None else f". The newest whole checkpoint is {str(newest)!r}"
+
+
+def go_on_as_its_run(trainer: Trainer, checkpoint: str) -> None:
+    """Lets a run go on as that of a checkpoint: TensorBoard's and CSV loggers in its folder, from where it was saved.
+
+    What was logged there after it is removed: the run logs it again. The checkpoint itself is the run's own, to be
+    removed when `PolicyCheckpoint` has a newer one to keep.
+
+    Args:
+        trainer: before its run has begun.
+        checkpoint: a file, or a folder of shards.
+    """
+    path = Path(checkpoint)
+    file = path / "meta.pt" if path.is_dir() else path
+    positions = torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("logs", [])
+    go_on_from(trainer.loggers, positions)
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, PolicyCheckpoint):
+            callback.owns_resumed = True
+    rank_zero_info(f"Going on from {checkpoint}")

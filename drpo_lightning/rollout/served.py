@@ -1,0 +1,130 @@
+"""The child's side of an engine in a process of its own: answers calls, and never outlives its parent."""
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STACKS_SIGNAL = signal.SIGUSR1
+"""Makes the child print where each of its threads is."""
+PARENT_POLL_SECONDS = 0.5
+OUT_OF_MEMORY_SCORE = 500
+"""Added to the kernel's badness of 0 to 1000: when memory runs out it ends the engine, not the trainer."""
+SET_PARENT_DEATH_SIGNAL = 1
+"""`PR_SET_PDEATHSIG` of prctl(2)."""
+
+
+class Heartbeat:
+    """A counter in shared memory, by which another process sees that work goes on."""
+
+    def __init__(self) -> None:
+        self._count = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+
+    def beat(self) -> None:
+        """Shows progress."""
+        self._count += 1
+
+    @property
+    def count(self) -> int:
+        """Beats so far."""
+        return int(self._count)
+
+
+def serve(
+    connection: Connection,
+    output: Connection,
+    buffer: Tensor,
+    parent: int,
+    factory: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    """Main function of the child: builds an object and answers calls of its methods until `close`.
+
+    Args:
+        connection: where calls come from and answers go to.
+        output: where all that the process prints goes to.
+        buffer: shared memory in which weights arrive.
+        parent: process id of the parent.
+        factory: builds the object.
+        args: its arguments.
+    """
+    os.setpgid(0, 0)  # a Ctrl-C in the terminal is for the trainer, which ends this process in order
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a scheduler sends it to all; the trainer ends in order, then this
+    _end_with_parent(parent)
+    _print_to(output)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(OUT_OF_MEMORY_SCORE))
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent does not want to know any more
+        _answer_calls(connection, buffer, factory, args)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends this process, and its own children, as soon as the parent is gone."""
+    if sys.platform == "linux":  # by the kernel, also if this process hangs or is stopped
+        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_SECONDS)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+def _print_to(output: Connection) -> None:
+    """Sends stdout and stderr to the parent, also those of native code, and the stacks if the process crashes."""
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    output.close()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    faulthandler.enable()
+    faulthandler.register(STACKS_SIGNAL)
+
+
+def _answer_calls(connection: Connection, buffer: Tensor, factory: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        target = factory(*args)
+    except Exception:  # noqa: BLE001 - whatever it is, it is the answer to the first call
+        connection.recv()
+        connection.send(("error", traceback.format_exc()))
+        return
+    while True:
+        method, call_args, kwargs = connection.recv()
+        if method == "close":
+            target.close()
+            return
+        try:
+            if method == "load_weights":
+                target.load_weights(_incoming_weights(connection, buffer))
+                result = None
+            else:
+                result = getattr(target, method)(*call_args, **kwargs)
+            # Plain bytes: sent as they are, tensors would each hold a file descriptor open.
+            answer = pickle.dumps(("ok", result))
+        except Exception:  # noqa: BLE001 - whatever it is, it belongs to the caller in the other process
+            answer = pickle.dumps(("error", traceback.format_exc()))
+        connection.send_bytes(answer)
+
+
+def _incoming_weights(connection: Connection, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of each bucket as copies, since an engine may keep them until a layer is complete."""
+    while (layout := connection.recv()) is not None:
+        tensors = []
+        for name, dtype, shape, offset in layout:
+            size = torch.Size(shape).numel() * dtype.itemsize
+            tensors.append((name, buffer[offset : offset + size].view(dtype).view(shape).clone()))
+        connection.send(("ok", None))
+        yield from tensors

@@ -1,0 +1,259 @@
+"""Restarts an engine that fails: with the trainer's weights, and on all ranks together."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from drpo_lightning.batch import Completion, Sampling
+from drpo_lightning.rollout.engine import EngineError, RolloutEngine
+from drpo_lightning.rollout.weights import WeightStream
+
+T = TypeVar("T")
+LEAST_WAIT_SECONDS = 7200.0
+"""What the ranks wait for each other at least: in it one of them may start an engine, or sample a rollout."""
+
+
+class SupervisedEngine(RolloutEngine):
+    """An engine that is ended, started again, given the trainer's weights and asked again when it fails.
+
+    `start`, `load_weights`, `load_adapter` and `generate` are collective over all ranks. After each of them the ranks
+    tell each other whose engine has failed. Those restart theirs while all take part in gathering the weights, since a
+    sharded one has a part on each rank; the others' engines are left alone and keep what they have sampled. A failure
+    of `sleep` or `wake` is noticed at the next sync.
+
+    After `max_restarts` of the engine, counted in a row and of any rank, the next failure is raised on every rank; so
+    is one of the first start. Seeded requests give the same completions again.
+
+    Args:
+        engine: what is supervised; the same on each rank.
+    """
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        super().__init__(engine.sleep_mode)
+        self.engine = engine
+        self.max_context_tokens = engine.max_context_tokens
+        self.timeout_seconds = max(LEAST_WAIT_SECONDS, 2 * engine.timeout_seconds)
+        self._group: dist.ProcessGroup | None = None
+        self._start: Callable[[], None] = engine.close
+        self._load: Callable[[Iterable[tuple[str, Tensor]]], None] = engine.load_weights
+        self._weights: Iterable[tuple[str, Tensor]] = ()
+        self._failure: EngineError | None = None
+        """Of this rank's engine, which is of no use until it is started again."""
+        self._num_in_a_row = 0
+
+    def check_available(self) -> None:
+        """Raises `SettingError` if what the engine needs is not installed."""
+        self.engine.check_available()
+
+    @property
+    def is_started(self) -> bool:
+        """True between `start` and `close`, also if the engine has failed since."""
+        return self._failure is not None or self.engine.is_started
+
+    @property
+    def can_sleep(self) -> bool:
+        """True if the engine can."""
+        return self.engine.can_sleep
+
+    @property
+    def supports_adapters(self) -> bool:
+        """True if the engine has `load_adapter`."""
+        return self.engine.supports_adapters
+
+    def start(
+        self,
+        model: str,
+        *,
+        device: torch.device,
+        num_ranks: int,
+        seed: int,
+        trust_remote_code: bool = False,
+        adapter_rank: int | None = None,
+    ) -> None:
+        """See `RolloutEngine.start`. A failure on one rank is raised on each."""
+
+        def start() -> None:
+            self.engine.start(
+                model,
+                device=device,
+                num_ranks=num_ranks,
+                seed=seed + self.engine.num_restarts * num_ranks,  # or it would draw what it drew at the beginning
+                trust_remote_code=trust_remote_code,
+                adapter_rank=adapter_rank,
+            )
+
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(timeout=timedelta(seconds=self.timeout_seconds), backend="gloo")
+        self._start = start
+        self._attempt(start)
+        if any(failures := self._failures()):
+            self._give_up(failures)
+        self.cache_block_tokens = self.engine.cache_block_tokens
+        self.context_tokens = self.engine.context_tokens
+        self.dtype_name = self.engine.dtype_name
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See `RolloutEngine.load_weights`.
+
+        Args:
+            weights: name and tensor; iterated over once more for every restart until others are loaded.
+        """
+        self._refresh(self.engine.load_weights, weights)
+
+    def load_adapter(self, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See `RolloutEngine.load_adapter`; iterates over the weights as `load_weights` does."""
+        self._refresh(partial(self.engine.load_adapter, config), weights)
+
+    def _refresh(
+        self, load: Callable[[Iterable[tuple[str, Tensor]]], None], weights: Iterable[tuple[str, Tensor]]
+    ) -> None:
+        assert iter(weights) is not weights, "weights that can be gathered once only are lost with the engine"
+        self._load, self._weights = load, weights
+        self._send_weights(is_outdated=True)
+        self._recover()
+
+    def _send_weights(self, *, is_outdated: bool) -> None:
+        """Gathers the weights, and sends them to this rank's engine if its own are outdated."""
+        stream = WeightStream(self._weights)
+        if is_outdated:
+            self._attempt(lambda: self._load(stream))
+        stream.drain()
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        stop_token_ids: Sequence[int],
+        seeds: Sequence[int] | None = None,
+        num_topk: int = 0,
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`."""
+
+        def generate() -> list[list[Completion]]:
+            return self.engine.generate(
+                prompt_ids,
+                sampling,
+                num_samples=num_samples,
+                stop_token_ids=stop_token_ids,
+                seeds=seeds,
+                num_topk=num_topk,
+            )
+
+        groups = self._attempt(generate)
+        while self._recover():
+            if groups is None:
+                groups = self._attempt(generate)
+        assert groups is not None
+        return groups
+
+    def _attempt(self, task: Callable[[], T]) -> T | None:
+        """The result of a task on the engine; None if it fails, or has failed before."""
+        if self._failure is None:
+            try:
+                return task()
+            except EngineError as error:
+                self._failure = error
+        return None
+
+    def _recover(self) -> bool:
+        """Restarts the engines that have failed; False if there is none, and so no failure in a row any more."""
+        if not any(failures := self._failures()):
+            self._num_in_a_row = 0
+            return False
+        started = time.perf_counter()
+        while any(failures):
+            self._count(failures)
+            self._restart()
+            failures = self._failures()
+        self._warn(f"the engine has the current weights again after {time.perf_counter() - started:.1f} s")
+        return True
+
+    @torch.no_grad()
+    def _restart(self) -> None:
+        """Starts this rank's engine again if it has failed, and gathers the weights for all that have."""
+        has_failed = self._failure is not None
+        # In inference mode, as in a validation, a sharded policy would keep tensors that it cannot train with.
+        with torch.inference_mode(mode=False):
+            if has_failed:
+                self.engine.abandon()
+                self._failure = None
+                self._attempt(self._start)
+            self._send_weights(is_outdated=has_failed)
+
+    def _count(self, failures: Sequence[str]) -> None:
+        """Gives up if too many engines have failed in a row, and else says what happened."""
+        if self._num_in_a_row >= self.engine.max_restarts:
+            self._give_up(failures)
+        self._num_in_a_row += 1
+        self.engine.num_restarts += 1
+        self._warn(
+            f"{_summary(failures)}\nThe engine is started again ({self._num_in_a_row} of at most "
+            f"{self.engine.max_restarts} times in a row)"
+        )
+
+    def _warn(self, message: str) -> None:
+        """Warns, on the first rank, of what all ranks know."""
+        if self._group is None or self._group.rank() == 0:
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def _give_up(self, failures: Sequence[str]) -> NoReturn:
+        own, self._failure = self._failure, None
+        if own is not None and not self._num_in_a_row:
+            raise own
+        times = f"the engine failed {self._num_in_a_row + 1} times in a row; at last " if self._num_in_a_row else ""
+        raise EngineError(f"{times}{_summary(failures)}") from own
+
+    def _failures(self) -> list[str]:
+        """What has failed on each rank, nothing where the engine is well. Collective."""
+        own = "" if self._failure is None else str(self._failure) or repr(self._failure)
+        if self._group is None:
+            return [own]
+        failures = [""] * self._group.size()
+        try:
+            dist.all_gather_object(failures, own, group=self._group)
+        except RuntimeError as error:
+            raise EngineError(
+                f"another rank ended, or did not come within {self.timeout_seconds:g} s; its own output says why: "
+                f"{error}"
+            ) from error
+        return failures
+
+    def _sleep(self) -> None:
+        self._attempt(self.engine.sleep)
+
+    def _wake(self) -> None:
+        self._attempt(self.engine.wake)
+
+    def abandon(self) -> None:
+        """Ends the engine, to be started again by the same ranks."""
+        self._failure = None
+        self.engine.abandon()
+
+    def close(self) -> None:
+        """Ends the engine. Not collective."""
+        self._failure = self._group = None
+        self._weights = ()
+        self.engine.close()
+
+
+def supervised(engine: RolloutEngine) -> RolloutEngine:
+    """The engine, supervised if it can be restarted."""
+    return SupervisedEngine(engine) if engine.max_restarts else engine
+
+
+def _summary(failures: Sequence[str]) -> str:
+    """The first of the failures of all ranks, and how many there are."""
+    failed = [rank for rank, failure in enumerate(failures) if failure]
+    if len(failures) == 1:
+        return failures[0]
+    others = f" (and those of {len(failed) - 1} other ranks)" if len(failed) > 1 else ""
+    return f"the engine of rank {failed[0]}{others}: {failures[failed[0]]}"

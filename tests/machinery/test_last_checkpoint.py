@@ -1,0 +1,89 @@
+"""`--ckpt_path last`: the first start, every further one, and damaged checkpoints; explicit paths."""
+
+import os
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+ONE_ROLLOUT = ("--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1")
+TWO_ROLLOUTS = ("--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1")
+
+
+@pytest.fixture
+def runs(drpo, tmp_path, capsys):
+    """Runs `drpo`, keeping all checkpoints; what it printed and warned of."""
+
+    def runs(command, *arguments):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            keep = ["--trainer.callbacks.save_top_k=-1"] if command == "fit" else []
+            drpo(command, *keep, *arguments)
+        return "".join([*capsys.readouterr(), *(str(warning.message) for warning in caught)])
+
+    return runs
+
+
+def versions(folder):
+    return sorted(path.name for path in (folder / "quickstart").iterdir())
+
+
+def checkpoint(folder, name):
+    return folder / "quickstart" / "version_0" / "checkpoints" / name
+
+
+def damage(path):
+    age = path.stat().st_mtime_ns
+    os.truncate(path, path.stat().st_size // 2)
+    os.utime(path, ns=(age, age))
+
+
+def test_the_same_command_starts_and_goes_on_in_one_folder(runs, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        runs("fit", *ONE_ROLLOUT, "--ckpt_path=last")
+        assert "there is no checkpoint yet, the run starts from the beginning" in caplog.text
+        printed = runs("fit", *TWO_ROLLOUTS, "--ckpt_path=last")
+    assert "Going on from" in caplog.text
+    assert "epoch=0-step=1.ckpt" in caplog.text
+    assert "2 updates on 2 rollouts" in printed
+    assert versions(tmp_path) == ["version_0"]
+    assert checkpoint(tmp_path, "last.ckpt").readlink() == Path("epoch=1-step=2.ckpt")
+
+
+def test_an_explicit_path_begins_a_new_folder_and_leaves_the_other_as_it_is(runs, tmp_path):
+    runs("fit", *ONE_ROLLOUT)
+    before = {path: path.stat().st_size for path in (tmp_path / "quickstart" / "version_0").rglob("*")}
+    runs("fit", *TWO_ROLLOUTS, f"--ckpt_path={checkpoint(tmp_path, 'last.ckpt')}")
+    assert versions(tmp_path) == ["version_0", "version_1"]
+    assert before == {path: path.stat().st_size for path in (tmp_path / "quickstart" / "version_0").rglob("*")}
+
+
+def test_damaged_checkpoints_are_left_out_or_named(runs, drpo, tmp_path):
+    runs("fit", *TWO_ROLLOUTS)
+    newest, before = (checkpoint(tmp_path, name) for name in ("epoch=1-step=2.ckpt", "epoch=0-step=1.ckpt"))
+    damage(newest)
+    printed = runs("validate", "--ckpt_path=last")
+    assert re.search(r"step=2.ckpt' is cut off or corrupt.*the one before is looked at", printed)
+    assert f"{before}' is" not in printed
+    with pytest.warns(UserWarning, match="cut off"), pytest.raises(SystemExit) as error:
+        drpo("fit", f"--ckpt_path={newest}")
+    assert f"The newest whole checkpoint is '{before}'" in str(error.value.code)
+    damage(before)
+    with pytest.warns(UserWarning, match="cut off"), pytest.raises(SystemExit) as error:
+        drpo("fit", "--ckpt_path=last")
+    assert "there is no whole checkpoint" in str(error.value.code)
+
+
+def test_validating_the_last_checkpoint_needs_one(drpo, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        drpo("validate", "--ckpt_path=last")
+    assert "`--ckpt_path last`: there is no checkpoint in" in str(error.value.code)
+
+
+def test_a_version_that_is_configured_is_the_only_one_that_is_looked_at(runs, tmp_path, caplog):
+    runs("fit", *ONE_ROLLOUT)
+    with caplog.at_level("INFO"):
+        runs("fit", *ONE_ROLLOUT, "--ckpt_path=last", "--trainer.logger.init_args.version=other")
+    assert "there is no checkpoint yet" in caplog.text
+    assert versions(tmp_path) == ["other", "version_0"]
