@@ -152,6 +152,6 @@ def test_an_interrupt_of_one_rank_ends_both_with_a_checkpoint(finished, tmp_path
 
 
 def test_a_second_one_is_refused(make_run, tmp_path):
-    callbacks = [PolicyCheckpoint(dirpath=tmp_path / name, filename=name) for name in ("a", "b")]
+    callbacks = [PolicyCheckpoint(dirpath=tmp_path, monitor=name) for name in (None, "reward/mean")]
     with pytest.raises(ValueError, match=r"has two `PolicyCheckpoint`s.*ModelCheckpoint for a second rule"):
         make_run(*callbacks, trainer={"enable_checkpointing": True}).fit()
