@@ -18,6 +18,8 @@ LAYOUT: Layout = {
         "prompts whose samples have equal rewards": r"group/zero_std_fraction",
         "standard deviation of the reward": r"reward/std",
         "completions that a reward applies to": r"reward/[^/]+/applies_fraction",
+        "failures of rewards, of all completions": r"reward/(.+/(error|timeout)|dropped)_fraction",
+        "failures of rewards, of held-out completions": r"val/reward/(.+/(error|timeout)|dropped)_fraction",
     },
     "Trust region": {
         "mean |pi - mu|": r"policy_shift/abs_mean",
@@ -85,6 +87,7 @@ LAYOUT: Layout = {
         "loss": r"optim/loss",
         "gradient norm before clipping": r"optim/grad_norm",
         "learning rate": r"optim/learning_rate",
+        "updates left out": r"optim/skipped_updates",
     },
     "Completions": {
         "tokens per completion": r"completions/(mean|max)_length",
@@ -98,6 +101,7 @@ LAYOUT: Layout = {
         "sampled tokens per second": r"perf/tokens_per_second",
         "seconds": r"perf/(generate|sync|reward|update|iteration)_seconds",
         "rollout": r"rollout/number",
+        "restarts of the engine": r"engine/restarts",
     },
 }
 """Every scalar is on one chart, and the scalars of a chart have one unit.

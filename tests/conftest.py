@@ -29,6 +29,17 @@ def environment_is_restored():
     os.environ.update(before)
 
 
+@pytest.fixture(autouse=True)
+def process_group_ends_with_its_test():
+    """Ends what a sharded run in this process leaves behind: Lightning would take later runs for distributed ones."""
+    import torch.distributed as dist
+
+    before = dist.is_initialized()
+    yield
+    if dist.is_initialized() and not before:
+        dist.destroy_process_group()
+
+
 class Run(NamedTuple):
     trainer: Any
     module: Any

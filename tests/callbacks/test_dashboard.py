@@ -41,7 +41,9 @@ ELSEWHERE = [
     *("val/pass@16", "rollout/number", "guardrail/triggered", "adaptive/corrective_fraction"),
     *(f"proxy/{name}_{kind}" for name in ("binary", "topk", "exact") for kind in ("tv", "kl")),
     *(f"reference/{name}" for name in ("k1_kl", "k3_kl", "log_ratio_abs_mean", "log_ratio_abs_max")),
-    *("reference/beyond_clamp_fraction", "optim/reference_penalty"),
+    *("reference/beyond_clamp_fraction", "optim/reference_penalty", "engine/restarts"),
+    *(f"{kind}reward/judge/{what}_fraction" for kind in ("", "val/") for what in ("error", "timeout")),
+    "reward/dropped_fraction",
 ]
 """Scalars that other runs log than the ones of these tests."""
 
