@@ -2,10 +2,12 @@
 
 import sys
 import warnings
+from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -24,6 +26,7 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the data module gives every rank its own prompts
 }
 
+SECTIONS = {"model": PolicyModule, "data": RolloutDataModule}
 HINTS = {
     "requires a GPU accelerator": "Or take `ddp` or ModelParallelStrategy, which run on a CPU.",
     "invalid strategy name": "A class is written {class_path: ModelParallelStrategy, init_args: {data_parallel_size: "
@@ -57,11 +60,32 @@ class DRPOCommandLine(LightningCLI):
         except ValueError as error:
             hints = [hint for part, hint in HINTS.items() if part in str(error)]
             self.parser.error(" ".join([str(error), *hints]))
+        except (TypeError, AttributeError) as error:  # null passes for any type in the parser
+            if not (nulls := self._unexpected_nulls()):
+                raise
+            self.parser.error(f"{error}; null in the configuration, which has a default: {', '.join(nulls)}")
+
+    def _unexpected_nulls(self) -> list[str]:
+        """Settings of the model and the data that are null and are not by default."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        defaults = dict(self._parser(self.subcommand).get_defaults().items())
+
+        def default(name: str) -> Any:  # noqa: ANN401
+            holder, has_class, argument = name.rpartition(".init_args.")
+            if not has_class:
+                section, _, argument = name.partition(".")
+                parameter = signature(SECTIONS[section]).parameters.get(argument)
+                return defaults.get(name) if parameter is None else parameter.default
+            return signature(_imported(config[f"{holder}.class_path"])).parameters[argument].default
+
+        ours = [name for name, value in config.items() if value is None and name.partition(".")[0] in SECTIONS]
+        return [name for name in ours if default(name) is not None]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
         """Adds the progress bar, unless the configuration has one or wants none."""
         trainer_config = self._get(self.config_init, "trainer")
         callbacks = trainer_config.get("callbacks") or []
+        callbacks = [callbacks] if isinstance(callbacks, Callback) else callbacks
         if trainer_config.get("enable_progress_bar") is not False and not any(
             isinstance(callback, ProgressBar) for callback in callbacks
         ):
@@ -107,6 +131,12 @@ class DRPOCommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lets the configuration win over hyperparameters that a checkpoint may hold."""
+
+
+def _imported(path: str) -> Any:  # noqa: ANN401
+    """The class at an import path."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def main() -> None:

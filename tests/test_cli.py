@@ -144,6 +144,27 @@ def test_a_bad_setting_is_refused_before_anything_is_loaded(run, capsys, argumen
     assert re.search(message, text), text
 
 
+def test_a_single_callback_need_not_be_a_list(build):
+    cli = build(*ON_CPU, "--trainer.callbacks=drpo_lightning.callbacks.ExactMatchReward")
+    assert {"ExactMatchReward", "RolloutProgress"} <= {type(callback).__name__ for callback in cli.trainer.callbacks}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"data": {"num_prompts": None}}, r"has a default: data\.num_prompts\n"),
+        ({"model": {"objective": None}}, r"has a default: model\.objective\n"),
+    ],
+    ids=["number", "object"],
+)
+def test_what_is_null_in_a_file_is_named(run, capsys, tmp_path, section, message):
+    file = tmp_path / "null.yaml"
+    file.write_text(yaml.safe_dump(section))
+    with pytest.raises(SystemExit) as stop:
+        run(*ON_CPU, f"--config={file}")
+    assert re.search(message, f"{capsys.readouterr().err} {stop.value.code}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
