@@ -53,6 +53,14 @@ class DRPOCommandLine(LightningCLI):
         parser.link_arguments("data.sampling.temperature", "model.temperature")
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
+        """Parses, and checks the seed, which numpy would refuse without its name."""
+        super().parse_arguments(parser, args)
+        config = self.config
+        seed = config.get(f"{config['subcommand']}.seed_everything" if "subcommand" in config else "seed_everything")
+        if isinstance(seed, int) and not 0 <= seed < 2**32:
+            parser.error(f"`seed_everything` must be 0 or positive and less than 2^32, got {seed}")
+
     def instantiate_classes(self) -> None:
         """Builds everything; a value that a class refuses is an error of the command line."""
         try:

@@ -121,6 +121,7 @@ def test_a_progress_bar_is_there_unless_it_is_not_wanted(build):
         (["--model.model=configs"], r"'configs' has no config\.json"),
         (["--model.aggregation=mean"], r"model\.aggregation"),
         (["--model.aggregation=seq_mean_token_sum_norm"], r"`model\.horizon` must be positive"),
+        (["--seed_everything=-1"], r"`seed_everything` must be 0 or positive and less than 2\^32, got -1"),
         (["--trainer.precision=16-mixed"], r"16-mixed needs a CUDA GPU.*set that, or 32-true"),
         (["--trainer.strategy=ModelParallelStrategy"], r"invalid strategy name.*A class is written \{class_path:"),
         (["--trainer.strategy=fsdp"], r"requires a GPU accelerator.*Or take `ddp` or ModelParallelStrategy"),

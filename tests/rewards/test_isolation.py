@@ -249,7 +249,16 @@ def start_trainer(tmp_path):
         command = [sys.executable, program, tmp_path / name]
         environment = os.environ | {"PYTHONPATH": os.getcwd()}
         with (tmp_path / f"{name}.errors").open("w") as errors:
-            programs.append(subprocess.Popen(command, env=environment, stderr=errors, start_new_session=True))
+            programs.append(
+                subprocess.Popen(
+                    command,
+                    env=environment,
+                    stderr=errors,
+                    start_new_session=True,
+                    # A job in the background is started with Ctrl-C ignored, and hands that on.
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                )
+            )
         return programs[-1], tmp_path / name
 
     yield start
