@@ -158,7 +158,6 @@ def test_adapters_and_a_reference_do_not_depend_on_ranks(tmp_path):
         "whole": settings,
         "ddp": [*two, "--trainer.strategy=ddp"],
         "fsdp1": [*two, f"--trainer.strategy={FSDP1}"],
-        "fsdp2": [*two, f"--trainer.strategy={FSDP2}"],
     }
     assert_equal_logs(tmp_path, runs, {"optim/reference_penalty", "reference/k3_kl", "optim/grad_norm"})
 

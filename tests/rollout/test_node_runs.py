@@ -133,7 +133,7 @@ class Witness(Callback, RolloutHooks):
 FSDP2 = "{class_path: ModelParallelStrategy, init_args: {data_parallel_size: 2, tensor_parallel_size: 1}}"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", FSDP2], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param(FSDP2, marks=pytest.mark.reliability)], ids=["ddp", "fsdp2"])
 def test_two_ranks_of_a_run_share_one_vllm(tmp_path, strategy):
     (tmp_path / "witness.py").write_text(WITNESS)
     (tmp_path / "shared.yaml").write_text(CONFIG.replace("MODEL", MODEL))
