@@ -35,9 +35,11 @@ def scored_rollout(
     """
     completions = [completion for group in groups for completion in group]
     repeated = [row for row in rows for _ in range(num_samples)]
+    # transformers takes an empty batch for one empty sequence.
+    texts = tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True) if completions else []
     batch = RewardBatch(
         prompts=[row["prompt"] for row in repeated],
-        completions=tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True),
+        completions=texts,
         completion_ids=[completion.token_ids for completion in completions],
         finish_reasons=[completion.finish_reason for completion in completions],
         columns={name: [row.get(name) for row in repeated] for name in columns},

@@ -53,7 +53,8 @@ def score_rewards(rewards: Sequence[Reward], batch: RewardBatch) -> RewardScores
         raise RewardError(f"rewards must have different names, got {names}; set `name` on one of them")
     scores = RewardScores({}, {}, {}, torch.zeros(len(batch), dtype=torch.bool))
     for reward in rewards:
-        _add_scores(scores, reward, _checked_outcomes(reward, batch), batch)
+        # A rank may have no prompts to validate, which rewards need not know of.
+        _add_scores(scores, reward, _checked_outcomes(reward, batch) if len(batch) else [], batch)
     return scores
 
 
