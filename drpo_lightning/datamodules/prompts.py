@@ -1,11 +1,13 @@
-"""Where prompts come from: files, the Hugging Face hub, or a generated task."""
+"""What a source of prompts is, and what every row of one must have."""
 
-import json
 from abc import ABC, abstractmethod
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from drpo_lightning.errors import SettingError
+
+Prompt = str | list[dict[str, str]]
+"""A text, or a list of chat messages with `role` and `content`."""
 
 
 class PromptSource(ABC):
@@ -19,140 +21,67 @@ class PromptSource(ABC):
             SettingError: if there are no rows or a row is malformed, naming where.
         """
 
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Shares of the data sets in the prompts of the training, by the rows' column `data_set`.
 
-class FilePrompts(PromptSource):
-    """Prompts from a JSONL file, one object per line, or from a Parquet file.
-
-    Args:
-        path: the file; `.jsonl`, `.json` (with lines) or `.parquet`.
-        prompt_column: column that holds the prompt, a text or a list of chat messages.
-        columns: columns that rewards need, by the name that they get: `{answer: solution}` hands the column
-            `solution` on as `answer`. Every row must have them. Other columns keep their names.
-        suffix: text that is added to every prompt, such as how the answer is to be written.
-    """
-
-    def __init__(
-        self, path: str, prompt_column: str = "prompt", columns: dict[str, str] | None = None, suffix: str = ""
-    ) -> None:
-        self.path = Path(path).expanduser()
-        self.prompt_column = prompt_column
-        self.columns = columns or {}
-        self.suffix = suffix
-
-    def load(self) -> list[dict[str, Any]]:
-        """See `PromptSource.load`."""
-        if not self.path.is_file():
-            raise SettingError(f"the data set {str(self.path)!r} does not exist")
-        if self.path.suffix == ".parquet":
-            rows = _read_parquet(self.path)
-        elif self.path.suffix in (".jsonl", ".json"):
-            rows = _read_jsonl(self.path)
-        else:
-            raise SettingError(f"the data set {str(self.path)!r} must end in .jsonl, .json or .parquet")
-        return _with_prompt(rows, self.prompt_column, self.columns, self.suffix, str(self.path))
+        Empty, as by default, if every row is to come equally often.
+        """
+        return {}
 
 
-class HubPrompts(PromptSource):
-    """Prompts from a data set on the Hugging Face hub, or from a local folder of one.
-
-    Args:
-        name: name on the hub, `owner/name`, or a folder.
-        split: its split, with slices as `datasets` writes them: `train[:1000]`.
-        config: its configuration, if it has several.
-        prompt_column: column that holds the prompt, a text or a list of chat messages.
-        columns: columns that rewards need, by the name that they get: `{answer: solution}` hands the column
-            `solution` on as `answer`. Every row must have them. Other columns keep their names.
-        suffix: text that is added to every prompt, such as how the answer is to be written.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        split: str = "train",
-        config: str | None = None,
-        prompt_column: str = "prompt",
-        columns: dict[str, str] | None = None,
-        suffix: str = "",
-    ) -> None:
-        self.name = name
-        self.split = split
-        self.config = config
-        self.prompt_column = prompt_column
-        self.columns = columns or {}
-        self.suffix = suffix
-
-    def load(self) -> list[dict[str, Any]]:
-        """See `PromptSource.load`."""
-        from datasets import load_dataset
-
-        try:
-            data_set = load_dataset(self.name, self.config, split=self.split)
-        except (OSError, ValueError) as error:  # what `datasets` and the hub's client raise
-            raise SettingError(
-                f"the data set {self.name!r} (config {self.config!r}, split {self.split!r}) cannot be loaded: {error}. "
-                "Check its name, or download it and give its folder as `name`"
-            ) from error
-        rows = [(f"row {i}", row) for i, row in enumerate(data_set)]
-        return _with_prompt(rows, self.prompt_column, self.columns, self.suffix, f"{self.name} ({self.split})")
-
-
-def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
-    """Rows of a JSONL file, each with its place; empty lines are passed over."""
-    rows = []
-    with path.open(encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    rows.append((f"line {number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise SettingError(f"{path}, line {number}: not a JSON object: {error}") from error
-        except UnicodeDecodeError as error:
-            raise SettingError(f"{path}: not UTF-8: {error}") from error
-    return rows
-
-
-def _read_parquet(path: Path) -> list[tuple[str, Any]]:
-    """Rows of a Parquet file, each with its place."""
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        table = parquet.read_table(path)
-    except ArrowInvalid as error:
-        raise SettingError(f"{path}: not a Parquet file: {error}") from error
-    return [(f"row {number}", row) for number, row in enumerate(table.to_pylist())]
-
-
-def _with_prompt(
-    rows: list[tuple[str, Any]], prompt_column: str, columns: dict[str, str], suffix: str, origin: str
+def rows_with_prompts(
+    rows: Sequence[tuple[str, Any]], *, prompt_column: str, columns: Mapping[str, str], suffix: str, origin: str
 ) -> list[dict[str, Any]]:
-    """Gives the columns their names and checks every row."""
+    """Gives the columns their names and checks every row.
+
+    Args:
+        rows: a place, for errors, and what was found there.
+        prompt_column: column that holds the prompt.
+        columns: columns that rewards need, by the name that they get.
+        suffix: text that is added to every prompt.
+        origin: what the rows come from, for errors.
+
+    Raises:
+        SettingError: if there are no rows, or one lacks a column or has a malformed prompt.
+    """
     if not rows:
         raise SettingError(f"the data set {origin} is empty")
     result = []
     for place, row in rows:
         if not isinstance(row, dict):
             raise SettingError(f"{origin}, {place}: a row must be an object with columns, got {type(row).__name__}")
-        for column in (prompt_column, *columns.values()):
-            if row.get(column) is None:
-                raise SettingError(f"{origin}, {place}: no column {column!r}; it has {sorted(row)}")
-        prompt = row[prompt_column]
-        if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and prompt):
-            raise SettingError(
-                f"{origin}, {place}: {prompt_column!r} must be a text or a list of chat messages, got {prompt!r}"
-            )
-        if isinstance(prompt, list) and not all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in prompt
-        ):
-            raise SettingError(f"{origin}, {place}: a chat message must have a `role` and a `content`, got {prompt!r}")
+        _check_columns(row, (prompt_column, *columns.values()), f"{origin}, {place}")
+        _check_prompt(row[prompt_column], f"{origin}, {place}", prompt_column)
         renamed = {name: row[column] for name, column in columns.items()}
-        result.append({**row, **renamed, "prompt": _with_suffix(prompt, suffix)})
+        result.append({**row, **renamed, "prompt": with_suffix(row[prompt_column], suffix)})
     return result
 
 
-def _with_suffix(prompt: str | list[dict[str, str]], suffix: str) -> str | list[dict[str, str]]:
+def _check_columns(row: Mapping[str, Any], names: Iterable[str], place: str) -> None:
+    for name in names:
+        if row.get(name) is None:
+            what = f"column {name!r} is empty" if name in row else f"no column {name!r}"
+            raise SettingError(f"{place}: {what}; it has {sorted(row)}")
+
+
+def _check_prompt(prompt: Any, place: str, column: str) -> None:  # noqa: ANN401
+    if not (isinstance(prompt, str | list) and prompt):
+        raise SettingError(f"{place}: {column!r} must be a text or a list of chat messages, got {_shown(prompt)}")
+    if isinstance(prompt, list) and not all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in prompt
+    ):
+        raise SettingError(f"{place}: a chat message must have a `role` and a `content`, got {_shown(prompt)}")
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401
+    """A value as it is written, if that is short."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def with_suffix(prompt: Prompt, suffix: str) -> Prompt:
     """Adds a text to a prompt, or to the last message of a chat."""
     if not suffix:
         return prompt

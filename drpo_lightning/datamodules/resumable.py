@@ -1,12 +1,16 @@
 """Where a run on rollouts is, and what a checkpoint holds of it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 
 from drpo_lightning.batch import Rollout
+from drpo_lightning.datamodules.curriculum import PassRateCurriculum
 from drpo_lightning.datamodules.progress import align_progress
+from drpo_lightning.datamodules.prompt_schedule import PromptSchedule
+from drpo_lightning.datamodules.prompt_stream import PromptStream
 from drpo_lightning.datamodules.random_state import RandomState, random_state, set_random_state
 from drpo_lightning.datamodules.rollout_state import check_same_split, dealt_out, rollout_from_state, rollout_to_state
 
@@ -31,6 +35,8 @@ class ResumableRollouts(LightningDataModule):
         """Rollouts made so far."""
         self.rollout: Rollout | None = None
         """The rollout in use, of this rank."""
+        self.schedule: PromptSchedule | None = None
+        """Which prompts every rollout takes; None before a fit is set up."""
         self.is_sampling = False
         """True while completions are sampled and scored: a checkpoint of that time is one of before."""
         self._num_made = 0
@@ -61,8 +67,45 @@ class ResumableRollouts(LightningDataModule):
         first = iteration * self.num_prompts + self._trainer.global_rank * per_rank
         return range(first, first + per_rank)
 
+    def _begin_schedule(
+        self, rows: list[dict[str, Any]], *, weights: Mapping[str, float], curriculum: PassRateCurriculum | None
+    ) -> None:
+        """Decides on the prompts of every rollout, going on with those of an earlier fit.
+
+        Args:
+            rows: the data set.
+            weights: see `PromptSource.weights`.
+            curriculum: which prompts are left out, unless `trainer.overfit_batches` has its own.
+        """
+        is_overfitting = bool(self._trainer.overfit_batches)
+        period = self.num_prompts if is_overfitting else None
+        schedule = PromptSchedule(
+            PromptStream(rows, seed=self.seed, period=period, weights=weights),
+            num_prompts=self.num_prompts,
+            curriculum=None if is_overfitting else curriculum,
+        )
+        if self.schedule is not None:
+            schedule.load_state_dict(self.schedule.state_dict(self._num_made), self._num_made)
+        self.schedule = schedule
+
+    @property
+    def _schedule(self) -> PromptSchedule:
+        assert self.schedule is not None, "setup comes first"
+        return self.schedule
+
+    def _note_pass_rates(self, rollout: Rollout) -> None:
+        """Tells the curriculum of a rollout's rewards. Collective over ranks, where there is a curriculum."""
+        if self._schedule.curriculum is not None:
+            samples = list(zip(rollout.prompt_numbers, rollout.rewards.tolist(), strict=True))
+            self._schedule.add(self.iteration, [sample for part in self._of_all_ranks(samples) for sample in part])
+
+    def upcoming_prompt_ids(self, num_prompts: int) -> list[list[int]]:
+        """Token ids of the first prompts of this rank's next rollout."""
+        numbers = self._schedule.row_numbers(self._positions(self.iteration)[:num_prompts])
+        return [self._schedule.rows[number]["prompt_ids"] for number in numbers]
+
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, every rank's rollout in use with the updates done on it, random states. Collective over ranks.
+        """Iteration, each rank's rollout in use with the updates done on it, curriculum, random states. Collective.
 
         A checkpoint in the middle of an update is one of before it: the update is begun again. One in the middle of a
         rollout is one of before it.
@@ -81,6 +124,7 @@ class ResumableRollouts(LightningDataModule):
             "accumulate_grad_batches": window,
             "split": self._split,
             "rollouts": rollouts,
+            "curriculum": self.schedule.state_dict(self._num_made) if self.schedule else {},
             "random": self._of_all_ranks(self._random_state(is_update_begun=self._position > updates * window)),
         }
 
@@ -94,6 +138,8 @@ class ResumableRollouts(LightningDataModule):
             return
         self.iteration = self._num_made = state_dict["iteration"]
         self.is_sampling = False
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state_dict.get("curriculum", {}), self._num_made)
         states = state_dict["random"]
         self._random_resumed = states[self._trainer.global_rank] if len(states) == self._trainer.world_size else None
         self._resumed = bool(state_dict["rollouts"])

@@ -9,15 +9,17 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from drpo_lightning.batch import Rollout, RolloutBatch, Sampling, ValidationBatch
+from drpo_lightning.datamodules.curriculum import PassRateCurriculum
 from drpo_lightning.datamodules.loaders import BatchLoader
 from drpo_lightning.datamodules.micro_batches import check_batch_sizes, micro_batch_rows, update_sizes
 from drpo_lightning.datamodules.prompt_encoder import PromptEncoder, PromptFormat
-from drpo_lightning.datamodules.prompt_stream import PromptStream
+from drpo_lightning.datamodules.prompt_lengths import OverlongPolicy, without_overlong
 from drpo_lightning.datamodules.prompts import PromptSource
 from drpo_lightning.datamodules.resumable import ResumableRollouts
 from drpo_lightning.datamodules.sampler import RolloutSampler
 from drpo_lightning.datamodules.scored_rollout import check_columns
 from drpo_lightning.datamodules.seeds import seed_of
+from drpo_lightning.datamodules.subsets import subsets
 from drpo_lightning.errors import SettingError
 from drpo_lightning.functional.advantages import group_advantages
 from drpo_lightning.rewards.base import Reward
@@ -52,7 +54,12 @@ class RolloutDataModule(ResumableRollouts):
         advantage: `group_mean` (the paper's), `group_mean_std` or `leave_one_out`.
         prompt_format: `raw` takes a prompt as it is, `chat` as a user's message in the model's chat template. A
             prompt that is a list of messages always goes through the chat template.
-        system_prompt: first message of a chat.
+        system_prompt: first message of a chat that does not begin with a system message of its own.
+        max_prompt_tokens: most tokens of a prompt; by default as many as the context has room for beside a completion.
+        overlong_prompts: `raise` stops at a prompt that is too long, `drop` leaves such prompts out, in training and
+            validation, and says how many there are.
+        curriculum: leaves out prompts that the policy passes too often or too rarely; by default all are taken.
+            `trainer.overfit_batches` takes its prompts all the same.
         seed: of the order of prompts, of the split into micro-batches, and of seeded requests.
         seeded_requests: gives every prompt a seed made of `seed`, the rollout and the prompt, so that a run can be
             repeated exactly. By default on a CPU only: on a GPU it slows vLLM down.
@@ -77,6 +84,9 @@ class RolloutDataModule(ResumableRollouts):
         advantage: Literal["group_mean", "group_mean_std", "leave_one_out"] = "group_mean",
         prompt_format: PromptFormat = "raw",
         system_prompt: str | None = None,
+        max_prompt_tokens: int | None = None,
+        overlong_prompts: OverlongPolicy = "raise",
+        curriculum: PassRateCurriculum | None = None,
         seed: int = 0,
         seeded_requests: bool | None = None,
         trust_remote_code: bool = False,
@@ -90,6 +100,7 @@ class RolloutDataModule(ResumableRollouts):
             ("num_prompts", num_prompts),
             ("num_updates", num_updates),
             ("val_num_samples", val_num_samples),
+            ("max_prompt_tokens", 1 if max_prompt_tokens is None else max_prompt_tokens),
         ):
             if value < 1:
                 raise ValueError(f"`data.{name}` must be at least 1, got {value}")
@@ -103,13 +114,17 @@ class RolloutDataModule(ResumableRollouts):
         self.advantage = advantage
         self.prompt_format = prompt_format
         self.system_prompt = system_prompt
+        self.max_prompt_tokens = max_prompt_tokens
+        self.overlong_prompts = overlong_prompts
+        self.curriculum = curriculum
+        self.num_overlong_prompts = 0
+        """Training prompts that are left out, see `overlong_prompts`."""
         self.seeded_requests = seeded_requests
         self.trust_remote_code = trust_remote_code
 
         self.staleness = 0
         """Weight syncs between the weights that sampled the rollout and the newest synced ones: none comes between."""
         self._served: RolloutBatch | None = None
-        self._stream: PromptStream | None = None
         self._limit_val_batches: int | float | None = None
         self._val_rows: list[dict[str, Any]] = []
         self._encoder: PromptEncoder | None = None
@@ -128,9 +143,8 @@ class RolloutDataModule(ResumableRollouts):
                 "drpo_lightning.callbacks.ExactMatchReward"
             )
         if stage == "fit":
-            rows = self._stream.rows if self._stream else self._load(self.prompts, self.sampling, "data.prompts")
-            period = self.num_prompts if self._trainer.overfit_batches else None
-            self._stream = PromptStream(rows, seed=self.seed, period=period)
+            rows = self.schedule.rows if self.schedule else self._load(self.prompts, self.sampling, "data.prompts")
+            self._begin_schedule(rows, weights=self.prompts.weights, curriculum=self.curriculum)
         if self.val_prompts is not None and not self._val_rows:
             self._val_rows = self._load(self.val_prompts, self.val_sampling, "data.val_prompts")
         if stage == "validate" and self.val_prompts is None:
@@ -166,7 +180,28 @@ class RolloutDataModule(ResumableRollouts):
         rows = prompts.load()
         check_columns(rows, self._rewards, key)
         context = min(self.encoder.context_tokens, self.engine.max_context_tokens or self.encoder.context_tokens)
-        return self.encoder.encode(rows, max_tokens=sampling.max_tokens, context_tokens=context, key=key)
+        encoded = self.encoder.encode(rows, key=key)
+        kept = without_overlong(
+            encoded,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_tokens=sampling.max_tokens,
+            context_tokens=context,
+            policy=self.overlong_prompts,
+            key=key,
+        )
+        if prompts is self.prompts:
+            self.num_overlong_prompts = len(encoded) - len(kept)
+        return kept
+
+    @property
+    def val_subsets(self) -> dict[str, set[int]]:
+        """Row numbers of the validation prompts by data set and category, where there is more than one of them."""
+        return subsets(self._val_rows)
+
+    @property
+    def num_val_prompts(self) -> int:
+        """Validation prompts of all ranks."""
+        return len(self._val_rows)
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -250,7 +285,14 @@ class RolloutDataModule(ResumableRollouts):
         self.is_sampling = True
         rollout = self.validation_rollout()
         self.is_sampling = False
-        yield ValidationBatch(rollout)
+        numbers = rollout.prompt_numbers[:: rollout.group_size]
+        yield ValidationBatch(
+            rollout,
+            {
+                name: [i for i, number in enumerate(numbers) if number in members]
+                for name, members in self.val_subsets.items()
+            },
+        )
 
     def next_rollout(self) -> None:
         """Synchronises the engine, samples and scores the next rollout."""
@@ -262,15 +304,16 @@ class RolloutDataModule(ResumableRollouts):
             hook.on_rollout_start(self._trainer, module)
         self.refresh_engine()
         positions = self._positions(self.iteration)
-        numbers = [self._prompts.row_number(position) for position in positions]
+        numbers = self._schedule.row_numbers(positions)
         # Of the place in the stream of prompts: a prompt that comes twice gets other samples the second time.
         seeds = [seed_of(self.seed, position) for position in positions]
         policy = module if isinstance(module, RolloutPolicy) else None
         num_topk = policy.num_topk if policy else 0
-        rollout = self._sample(self._prompts.rows, numbers, seeds, self.sampling, self.group_size, num_topk)
+        rollout = self._sample(self._schedule.rows, numbers, seeds, self.sampling, self.group_size, num_topk)
         self._sampler.engine.sleep()
         if policy:
             self._score(rollout, policy)
+        self._note_pass_rates(rollout)
         self.is_sampling = False
         self.iteration += 1
         self.rollout, self._position = rollout, 0
@@ -302,16 +345,6 @@ class RolloutDataModule(ResumableRollouts):
         rollout = self._sample(self._val_rows, numbers, seeds, self.val_sampling, self.val_num_samples)
         self._sampler.engine.sleep()
         return rollout
-
-    @property
-    def _prompts(self) -> PromptStream:
-        assert self._stream is not None, "setup comes first"
-        return self._stream
-
-    def upcoming_prompt_ids(self, num_prompts: int) -> list[list[int]]:
-        """Token ids of the first prompts of this rank's next rollout."""
-        numbers = [self._prompts.row_number(position) for position in self._positions(self.iteration)[:num_prompts]]
-        return [self._prompts.rows[number]["prompt_ids"] for number in numbers]
 
     def _sample(
         self,

@@ -57,7 +57,16 @@ def scored_rollout(
         reward_errors=scores.errors,
         reward_timeouts=scores.timeouts,
         prompt_numbers=[number for number in row_numbers for _ in range(num_samples)],
+        answers=_answers(rewards, batch),
     )
+
+
+def _answers(rewards: Sequence[Reward], batch: RewardBatch) -> list[str | None] | None:
+    """What the first reward that knows of answers takes each completion's to be."""
+    for reward in rewards:
+        if (answers := reward.answers(batch)) is not None:
+            return list(answers)
+    return None
 
 
 def column_names(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,15 +1,15 @@
 """Prompts from files and local data sets, and errors that name the file and the line."""
 
 import json
+import re
 
 import datasets
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pyarrow import parquet
 
 from drpo_lightning.datamodules import FilePrompts, HubPrompts
+from drpo_lightning.errors import SettingError
 
 ROWS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
 CHAT = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1="}]
@@ -63,15 +63,15 @@ def test_a_parquet_file_gives_its_rows(write_parquet):
     assert load(write_parquet(ROWS)) == ROWS
 
 
-@given(st.lists(st.fixed_dictionaries({"prompt": st.text(min_size=1), "n": st.integers() | st.none()}), min_size=1))
-def test_what_was_written_is_read(tmp_path_factory, rows):
-    path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    assert load(path) == rows
+def test_a_csv_file_gives_its_rows_as_texts(write_jsonl):
+    assert load(write_jsonl("prompt,answer", "1+1=,2", '"2+2=",4', name="data.csv")) == ROWS
 
 
-def test_empty_lines_are_passed_over(write_jsonl):
-    assert load(write_jsonl("", ROWS[0], "  ", "\t", ROWS[1], "")) == ROWS
+def test_an_empty_cell_is_no_answer(write_jsonl):
+    path = write_jsonl("prompt,answer", "1+1=,2", "2+2=,", name="data.csv")
+    assert load(path)[1] == {"prompt": "2+2=", "answer": None}
+    with pytest.raises(ValueError, match=r"line 3: column 'answer' is empty"):
+        load(path, columns={"answer": "answer"})
 
 
 def test_a_malformed_line_names_file_and_line(write_jsonl):
@@ -85,39 +85,6 @@ def test_a_line_that_is_no_object_names_file_and_line(write_jsonl, row, kind):
     path = write_jsonl(ROWS[0], row)
     with pytest.raises(ValueError, match=rf"data\.jsonl, line 2: a row must be an object with columns, got {kind}"):
         load(path)
-
-
-def test_a_file_that_is_not_utf8_is_named(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_bytes('{"prompt": "caf\u00e9"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"data\.jsonl: not UTF-8"):
-        load(path)
-
-
-def test_a_file_that_is_not_parquet_is_named(tmp_path):
-    path = tmp_path / "data.parquet"
-    path.write_text(json.dumps(ROWS[0]))
-    with pytest.raises(ValueError, match=r"data\.parquet: not a Parquet file"):
-        load(path)
-
-
-@pytest.mark.parametrize("name", ["data.csv", "data", "data.jsonl.gz"])
-def test_another_kind_of_file_is_refused(write_jsonl, name):
-    path = write_jsonl(*ROWS, name=name)
-    with pytest.raises(ValueError, match=r"must end in \.jsonl, \.json or \.parquet"):
-        load(path)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(ValueError, match=f"the data set '{path}' does not exist"):
-            load(path)
-
-
-def test_an_empty_data_set_is_refused(write_jsonl, write_parquet):
-    for path in (write_jsonl(), write_jsonl("", " ", name="blank.jsonl"), write_parquet([{"prompt": "x"}][:0])):
-        with pytest.raises(ValueError, match=f"the data set {path} is empty"):
-            load(path)
 
 
 def test_a_home_folder_is_found(write_jsonl, monkeypatch):
@@ -135,7 +102,7 @@ def test_a_missing_prompt_column_names_the_columns_there_are(write_jsonl):
 def test_a_missing_answer_column_names_the_row(write_jsonl, write_parquet):
     rows = [{"prompt": "1+1=", "solution": "2"}, {"prompt": "2+2=", "solution": None}]
     for path, place in ((write_jsonl(*rows), "line 2"), (write_parquet(rows), "row 1")):
-        with pytest.raises(ValueError, match=f"{place}: no column 'solution'; it has"):
+        with pytest.raises(ValueError, match=f"{place}: column 'solution' is empty; it has"):
             load(path, columns={"answer": "solution"})
 
 
@@ -191,5 +158,37 @@ def test_hub_prompts_have_the_settings_of_files(write_folder):
 
 def test_hub_prompts_name_data_set_split_and_row(write_folder):
     folder = write_folder(train=[*ROWS, {"prompt": "3+3=", "answer": None}])
-    with pytest.raises(ValueError, match=rf"{folder} \(train\), row 2: no column 'answer'"):
+    with pytest.raises(ValueError, match=rf"{folder} \(train\), row 2: column 'answer' is empty"):
         HubPrompts(str(folder), columns={"answer": "answer"}).load()
+
+
+def test_a_folder_of_save_to_disk_gives_its_splits(tmp_path):
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk(tmp_path / "whole")
+    datasets.DatasetDict({"train": whole, "test": whole.select([1])}).save_to_disk(tmp_path / "splits")
+    assert HubPrompts(str(tmp_path / "whole")).load() == ROWS
+    assert HubPrompts(str(tmp_path / "splits")).load() == ROWS
+    assert HubPrompts(str(tmp_path / "splits"), split="test").load() == ROWS[1:]
+
+
+@pytest.mark.parametrize("split", ["validation", "train[:1]"])
+def test_a_folder_of_save_to_disk_has_no_other_splits(tmp_path, split):
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(SettingError, match=r"has the splits \['train'\], got `split` '" + re.escape(split)):
+        HubPrompts(str(tmp_path / "splits"), split=split).load()
+
+
+@pytest.mark.parametrize(
+    ("rows", "split"),
+    [(['{"prompt": "1+1="}', '{"prompt": '], "train"), (['{"prompt": "1+1="}'], "test"), ([], "train")],
+)
+def test_a_folder_that_cannot_be_loaded_is_named(write_folder, rows, split):
+    folder = write_folder(train=ROWS)
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    with pytest.raises(SettingError, match=f"the data set '{folder}' .* cannot be loaded"):
+        HubPrompts(str(folder), split=split).load()
+
+
+def test_a_data_set_that_is_not_there_is_named():
+    with pytest.raises(SettingError, match=r"the data set 'nobody/nothing' .* cannot be loaded"):
+        HubPrompts("nobody/nothing").load()

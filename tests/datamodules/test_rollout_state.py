@@ -11,6 +11,7 @@ from drpo_lightning.datamodules.rollout_state import dealt_out, rollout_from_sta
 GROUP = 2
 VALUES = {
     "list[str]": str,
+    "list[str | None]": str,
     "list[int]": lambda sample: sample,
     "list[list[int]]": lambda sample: [sample, sample * 10],
     "list[list[float]]": lambda sample: [sample / 2, -1.0],
