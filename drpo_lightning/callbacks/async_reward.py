@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from drpo_lightning.callbacks.fallible_reward import FallibleReward, OnFailure
+from drpo_lightning.callbacks.fallible_reward import FallibleReward
 from drpo_lightning.rewards import RewardBatch, RewardError, RewardFailure, RewardSample
 from drpo_lightning.rewards.base import RewardOutcome, checked_score
 
@@ -37,17 +37,13 @@ class AsyncReward(FallibleReward):
     `score_one` that does not give the loop back for half a minute ends the run.
 
     Args:
-        weight: factor of this reward in the sum.
-        name: what it is logged as.
         max_concurrency: completions of each rank that are scored at the same time.
         timeout_seconds: for one try.
         max_retries: tries after the first.
         backoff_seconds: pause before the second try, at most.
         max_backoff_seconds: longest pause.
         seed: of the pauses.
-        on_failure: see `FallibleReward`.
-        failure_score: see `FallibleReward`.
-        max_stored_failures: see `FallibleReward`.
+        settings: `weight`, `name` and what becomes of failures, see `FallibleReward`.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -55,19 +51,15 @@ class AsyncReward(FallibleReward):
 
     def __init__(
         self,
-        weight: float = 1.0,
-        name: str | None = None,
         max_concurrency: int = 16,
         timeout_seconds: float = 60.0,
         max_retries: int = 3,
         backoff_seconds: float = 1.0,
         max_backoff_seconds: float = 30.0,
         seed: int = 0,
-        on_failure: OnFailure = "raise",
-        failure_score: float | None = None,
-        max_stored_failures: int = 100,
+        **settings: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(weight, name, on_failure, failure_score, max_stored_failures)
+        super().__init__(**settings)
         for key, value in (("max_concurrency", max_concurrency), ("timeout_seconds", timeout_seconds)):
             if not 0 < value < float("inf"):
                 raise ValueError(f"`{key}` must be positive and finite, got {value}")

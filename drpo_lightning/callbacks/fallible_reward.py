@@ -22,6 +22,11 @@ OnFailure = Literal["raise", "drop_sample", "score"]
 LOG = logging.getLogger(__name__)
 
 
+def score_of_failures(on_failure: OnFailure, failure_score: float | None) -> float | None:
+    """`failure_score`, 0 by default: of rewards whose failures are the completion's doing."""
+    return 0.0 if on_failure == "score" and failure_score is None else failure_score
+
+
 class FallibleReward(RewardCallback):
     """A reward that says of single completions that it failed on them.
 

@@ -3,7 +3,6 @@
 import asyncio
 import http.client
 import json
-import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -12,9 +11,8 @@ from socket import SHUT_RDWR, socket
 from typing import Any
 from urllib.parse import urlsplit
 
+from drpo_lightning.addresses import key_from_environment
 from drpo_lightning.callbacks.async_reward import AsyncReward
-from drpo_lightning.callbacks.fallible_reward import OnFailure
-from drpo_lightning.errors import SettingError
 from drpo_lightning.rewards import RewardError, RewardSample
 
 MAX_ANSWER_BYTES = 2**20
@@ -39,17 +37,8 @@ class HTTPJudgeReward(AsyncReward):
         columns: columns of the data set that are sent; none by default.
         api_key_variable: environment variable that holds a key, sent as `Authorization: Bearer <key>`. The key itself
             stands in no configuration, log or stored failure.
-        weight: factor of this reward in the sum.
         name: what it is logged as.
-        max_concurrency: see `AsyncReward`.
-        timeout_seconds: see `AsyncReward`.
-        max_retries: see `AsyncReward`.
-        backoff_seconds: see `AsyncReward`.
-        max_backoff_seconds: see `AsyncReward`.
-        seed: see `AsyncReward`.
-        on_failure: see `FallibleReward`.
-        failure_score: see `FallibleReward`.
-        max_stored_failures: see `FallibleReward`.
+        settings: see `AsyncReward`.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -61,31 +50,10 @@ class HTTPJudgeReward(AsyncReward):
         url: str,
         columns: list[str] | None = None,
         api_key_variable: str | None = None,
-        weight: float = 1.0,
         name: str = "judge",
-        max_concurrency: int = 16,
-        timeout_seconds: float = 60.0,
-        max_retries: int = 3,
-        backoff_seconds: float = 1.0,
-        max_backoff_seconds: float = 30.0,
-        seed: int = 0,
-        on_failure: OnFailure = "raise",
-        failure_score: float | None = None,
-        max_stored_failures: int = 100,
+        **settings: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(
-            weight,
-            name,
-            max_concurrency,
-            timeout_seconds,
-            max_retries,
-            backoff_seconds,
-            max_backoff_seconds,
-            seed,
-            on_failure,
-            failure_score,
-            max_stored_failures,
-        )
+        super().__init__(name=name, **settings)
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
             raise ValueError("`url` must be http://host/... or https://host/..., without a user or password")
@@ -98,15 +66,7 @@ class HTTPJudgeReward(AsyncReward):
         self._threads: ThreadPoolExecutor | None = None
 
     def _key(self) -> str | None:
-        """The key, read from the environment whenever it is needed: it is kept nowhere."""
-        if self.api_key_variable is None:
-            return None
-        key = os.environ.get(self.api_key_variable, "").strip()
-        if not key or not key.isprintable() or not key.isascii():
-            raise SettingError(
-                f"`api_key_variable` names the environment variable {self.api_key_variable!r}, which holds no key"
-            )
-        return key
+        return key_from_environment("api_key_variable", self.api_key_variable)
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[None]:

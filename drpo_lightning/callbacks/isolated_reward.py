@@ -1,6 +1,7 @@
 """Another reward, run in worker processes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -30,7 +31,9 @@ class IsolatedReward(FallibleReward):
     ```
 
     The reward gets completions one at a time, on any of the workers, and its hooks as a callback are not called. Its
-    name and weight are those of the isolated reward.
+    name and weight are those of the isolated reward. A reward with a `state_dict` needs `num_workers: 1`: its state
+    outlives its worker and is in the checkpoints, as that of other rewards; a completion that it fails on leaves no
+    trace in it.
 
     Args:
         reward: what scores; it must be picklable.
@@ -47,7 +50,7 @@ class IsolatedReward(FallibleReward):
 
     Raises:
         ValueError: if a setting is out of range.
-        SettingError: if the reward cannot be pickled.
+        SettingError: if the reward cannot be pickled, or has a state that cannot be kept.
     """
 
     def __init__(
@@ -86,6 +89,24 @@ class IsolatedReward(FallibleReward):
     def outcomes(self, batch: RewardBatch) -> Sequence[RewardOutcome]:
         """Scores in the workers, which are started if they do not run."""
         return self._scorer.score(batch)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._scorer.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The reward's, in the worker."""
+        return {} if self._scorer.state is None else dict(self._scorer.state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Gives the reward its state, with the next completion.
+
+        Raises:
+            ValueError: if the reward has none.
+        """
+        if self._scorer.state is None:
+            raise ValueError(f"the checkpoint has a state for the reward {self.name!r}, which has none")
+        self._scorer.state = dict(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts the workers, which load the reward while the trainer and the engine start. Collective."""

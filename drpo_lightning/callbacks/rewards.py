@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from drpo_lightning.rewards import Reward, RewardBatch, exact_match, numeric_answer
+from drpo_lightning.rewards.answers import boxed_number, last_number
 
 
 class RewardCallback(Callback, Reward):
@@ -115,6 +116,10 @@ class ExactMatchReward(RewardCallback):
         """See `drpo_lightning.rewards.exact_match`."""
         return [exact_match(*pair) for pair in zip(batch.completions, batch.column(self.column), strict=True)]
 
+    def answers(self, batch: RewardBatch) -> Sequence[str | None]:
+        """The whole completion."""
+        return [completion.strip() for completion in batch.completions]
+
 
 class NumericAnswerReward(RewardCallback):
     r"""1 if the last number of the completion is the last number of the data set's answer, else 0.
@@ -138,3 +143,9 @@ class NumericAnswerReward(RewardCallback):
         """See `drpo_lightning.rewards.numeric_answer`."""
         pairs = zip(batch.completions, batch.column(self.column), strict=True)
         return [numeric_answer(completion, answer, boxed=self.boxed) for completion, answer in pairs]
+
+    def answers(self, batch: RewardBatch) -> Sequence[str | None]:
+        """The number that is compared, as a fraction in lowest terms."""
+        find = boxed_number if self.boxed else last_number
+        numbers = map(find, batch.completions)
+        return [None if number is None else str(number) for number in numbers]

@@ -157,6 +157,16 @@ class Reward(ABC):
         A reward with a `failure_policy` may return a `RewardFailure` in place of a score.
         """
 
+    def answers(self, batch: RewardBatch) -> Sequence[str | None] | None:  # noqa: ARG002
+        """The final answer of each completion, for majority votes: equal texts for equal answers, None for no answer.
+
+        None in place of a list, the default, if the reward has no notion of an answer.
+        """
+        return None
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to give back
+        """Gives back what scoring has taken: processes, a model. Scoring again takes it again."""
+
 
 class RewardError(RuntimeError):
     """A reward raised, or returned something that is no score."""

@@ -29,6 +29,7 @@ from drpo_lightning.rewards.isolation_worker import (
     keep,
     receive_bytes,
 )
+from drpo_lightning.rewards.reward_state import reward_state
 
 TAIL_BYTES = 4096
 """Of a sample's output, so much of the end is kept."""
@@ -46,8 +47,13 @@ class IsolatedScorer:
         num_workers: processes that score at the same time.
         limits: of each worker.
 
+    Attributes:
+        state: of a reward with a `state_dict`, after the last sample that did not fail; None for others. A worker that
+            is started gets it.
+
     Raises:
-        SettingError: if the reward cannot be pickled.
+        SettingError: if the reward cannot be pickled; or if it has a state that is not what JSON can hold, or that
+            several workers would have each for itself.
     """
 
     def __init__(self, reward: Reward, *, num_workers: int, limits: WorkerLimits) -> None:
@@ -59,6 +65,12 @@ class IsolatedScorer:
                 "Define it, and the functions that it holds, at the top of a module, and open files and connections "
                 "in `score`"
             ) from error
+        self.state = reward_state(reward)
+        if self.state is not None and num_workers > 1:
+            raise SettingError(
+                f"the reward {reward.name!r} has a state (`state_dict`), and each of {num_workers} workers would have "
+                "its own; set `num_workers: 1`"
+            )
         self._workers = [_Worker(reward.name, payload, limits) for _ in range(num_workers)]
 
     def start(self) -> None:
@@ -90,11 +102,12 @@ class IsolatedScorer:
             for worker in self._workers:
                 if waiting and worker not in busy:
                     busy[worker] = waiting.popleft()
-                    worker.begin(batch.single(busy[worker]))
+                    worker.begin(batch.single(busy[worker]), self.state)
             _wait(list(busy))
             for worker in list(busy):
                 if worker.advance():
                     outcomes[busy.pop(worker)] = worker.outcome
+                    self.state = worker.state
         return outcomes
 
     def close(self) -> None:
@@ -111,6 +124,7 @@ class _Worker:
 
     Attributes:
         outcome: of the last sample.
+        state: of the reward after it; after a failure, that of before.
         deadline: when the present sample's time is over, by `time.monotonic`.
     """
 
@@ -130,6 +144,7 @@ class _Worker:
         self._tail = bytearray()
         self.deadline = 0.0
         self.outcome: RewardOutcome = None
+        self.state: dict[str, Any] | None = None
 
     # ---------------------------------------------------------------- processes
 
@@ -252,15 +267,16 @@ class _Worker:
 
     # ---------------------------------------------------------------- one sample
 
-    def begin(self, batch: RewardBatch) -> None:
-        """Gives the worker a sample; its clock starts when it says that it has it."""
+    def begin(self, batch: RewardBatch, state: dict[str, Any] | None) -> None:
+        """Gives the worker a sample and the reward's state; its clock starts when it says that it has them."""
         if not self._is_idle():
             self._replace()
         self._drain()
         self._tail.clear()
         self._incoming.clear()
         self._number += 1
-        request = pickle.dumps((self._number, batch))
+        self.state = state
+        request = pickle.dumps((self._number, batch, state))
         self._outgoing = memoryview(HEADER.pack(len(request)) + request)
         self._has_begun = False
         self.deadline = time.monotonic() + KEEPER_SECONDS
@@ -338,7 +354,12 @@ class _Worker:
             answer = json.loads(self._incoming[len(BEGUN) + HEADER.size :])
             if answer["number"] != self._number:
                 raise ValueError("of another sample")  # noqa: TRY301
-            return self._failure(str(answer["error"])) if "error" in answer else checked_score(answer["score"])
+            if "error" in answer:
+                return self._failure(str(answer["error"]))
+            score = checked_score(answer["score"])
+            if self.state is not None:
+                self.state = dict(answer["state"])
+            return score  # noqa: TRY300
         except (ValueError, TypeError, KeyError, RecursionError):
             self._replace()
             return self._failure("sent an answer that is none, past its worker process")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo_lightning.rewards.base import Reward, RewardBatch, checked_score
+from drpo_lightning.rewards.reward_state import reward_state
 
 HEADER = struct.Struct("!I")
 """Length in bytes of the message that follows."""
@@ -163,11 +164,11 @@ def _serve(reward: Reward, link: socket.socket, limits: WorkerLimits) -> None:
     """Main function of a worker: scores samples until the trainer hangs up."""
     me = os.getpid()
     while (request := receive_bytes(link)) is not None:
-        number, batch = pickle.loads(request)  # from the trainer
+        number, batch, state = pickle.loads(request)  # from the trainer
         link.sendall(BEGUN)
         # Shortly before the end of its time, its own output says where it is; that takes no lock of Python's.
         faulthandler.dump_traceback_later(0.9 * limits.timeout_seconds)
-        answer = _answer(reward, batch)
+        answer = _answer(reward, batch, state)
         if os.getpid() != me:  # a reward that forks and lets the child return
             os._exit(1)
         faulthandler.cancel_dump_traceback_later()
@@ -177,16 +178,19 @@ def _serve(reward: Reward, link: socket.socket, limits: WorkerLimits) -> None:
         send_message(link, {"number": number, **answer})
 
 
-def _answer(reward: Reward, batch: RewardBatch) -> dict[str, Any]:
+def _answer(reward: Reward, batch: RewardBatch, state: dict[str, Any] | None) -> dict[str, Any]:
     try:
+        if state:
+            reward.load_state_dict(state)  # type: ignore[attr-defined]
         scores = list(reward.score(batch))
+        after = {} if state is None else {"state": reward_state(reward)}
     except BaseException as error:  # noqa: BLE001 - sys.exit too is a failure of the reward
         traceback.print_exception(error)
         return {"error": _reason(error)}
     if len(scores) != 1:
         return {"error": f"returned {len(scores)} scores for 1 completion"}
     try:
-        return {"score": checked_score(scores[0])}
+        return {"score": checked_score(scores[0]), **after}
     except ValueError as error:
         return {"error": str(error)[:MAX_REASON_CHARACTERS]}
 

@@ -1,15 +1,17 @@
 """How a batch of completions is scored by every reward, and how the rewards of a completion become one number."""
 
 import math
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from drpo_lightning.errors import SettingError
 from drpo_lightning.rewards.base import (
     Reward,
     RewardBatch,
@@ -29,12 +31,16 @@ class RewardScores:
         errors: True where a reward failed for any reason but time, by name; of rewards with a `failure_policy`.
         timeouts: True where a reward took too long, likewise.
         dropped: True on the samples that are left out of the training.
+        failures: why there is no score, by name and number of the sample; of rewards with a `failure_policy`.
+        seconds: how long each reward took, by name.
     """
 
     parts: dict[str, Float[Tensor, " samples"]]
     errors: dict[str, Bool[Tensor, " samples"]]
     timeouts: dict[str, Bool[Tensor, " samples"]]
     dropped: Bool[Tensor, " samples"]
+    failures: dict[str, dict[int, RewardFailure]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def score_rewards(rewards: Sequence[Reward], batch: RewardBatch) -> RewardScores:
@@ -47,20 +53,24 @@ def score_rewards(rewards: Sequence[Reward], batch: RewardBatch) -> RewardScores
     Raises:
         RewardError: if a reward raises, returns the wrong number of scores, one that is not a finite float, or a
             failure where its policy is to raise.
+        SettingError: if a reward finds that a setting cannot work.
     """
     names = [reward.name for reward in rewards]
     if len(set(names)) != len(names):
         raise RewardError(f"rewards must have different names, got {names}; set `name` on one of them")
     scores = RewardScores({}, {}, {}, torch.zeros(len(batch), dtype=torch.bool))
     for reward in rewards:
+        start = time.perf_counter()
         # A rank may have no prompts to validate, which rewards need not know of.
-        _add_scores(scores, reward, _checked_outcomes(reward, batch) if len(batch) else [], batch)
+        outcomes = _checked_outcomes(reward, batch) if len(batch) else []
+        scores.seconds[reward.name] = time.perf_counter() - start
+        _add_scores(scores, reward, outcomes, batch)
     return scores
 
 
 def _add_scores(scores: RewardScores, reward: Reward, outcomes: list[RewardOutcome], batch: RewardBatch) -> None:
     """Enters the scores of a reward, by its policy where it failed."""
-    failures = [outcome if isinstance(outcome, RewardFailure) else None for outcome in outcomes]
+    failures = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, RewardFailure)}
     values = [math.nan if outcome is None or isinstance(outcome, RewardFailure) else outcome for outcome in outcomes]
     part = torch.tensor(values, dtype=torch.float32)
     scores.parts[reward.name] = part
@@ -70,9 +80,10 @@ def _add_scores(scores: RewardScores, reward: Reward, outcomes: list[RewardOutco
     if policy.on_failure == "raise":
         _raise_first(reward, failures, batch)
     errors, timeouts = (
-        torch.tensor([failure is not None and failure.kind == kind for failure in failures], dtype=torch.bool)
+        torch.tensor([i in failures and failures[i].kind == kind for i in range(len(outcomes))], dtype=torch.bool)
         for kind in ("error", "timeout")
     )
+    scores.failures[reward.name] = failures
     scores.errors[reward.name], scores.timeouts[reward.name] = errors, timeouts
     if policy.on_failure == "drop_sample":
         scores.dropped.logical_or_(errors | timeouts)
@@ -80,15 +91,14 @@ def _add_scores(scores: RewardScores, reward: Reward, outcomes: list[RewardOutco
         part[errors | timeouts] = policy.failure_score
 
 
-def _raise_first(reward: Reward, failures: Sequence[RewardFailure | None], batch: RewardBatch) -> None:
+def _raise_first(reward: Reward, failures: Mapping[int, RewardFailure], batch: RewardBatch) -> None:
     """Raises for the first failure, if there is one."""
-    found = [(i, failure) for i, failure in enumerate(failures) if failure is not None]
-    if not found:
+    if not failures:
         return
-    i, first = found[0]
+    i, first = next(iter(failures.items()))
     output = f"\nits last output:\n{first.output}" if first.output else ""
     raise RewardError(
-        f"reward {reward.name!r} {first.reason}, for {batch.sample(i)}; it failed on {len(found)} of {len(batch)} "
+        f"reward {reward.name!r} {first.reason}, for {batch.sample(i)}; it failed on {len(failures)} of {len(batch)} "
         f"completions. `on_failure` drop_sample or score goes on{output}"
     )
 
@@ -104,7 +114,7 @@ def _checked_outcomes(reward: Reward, batch: RewardBatch) -> list[RewardOutcome]
         scores: Any = reward.score(batch)
         if isinstance(scores, Iterable):
             scores = list(scores)  # a generator of scores raises here
-    except RewardError:
+    except (RewardError, SettingError):
         raise
     except (Exception, SystemExit) as error:
         raise RewardError(f"reward {reward.name!r} raised {error!r}; {_culprit(reward, batch)}") from error

@@ -7,6 +7,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch import Callback
 
 from drpo_lightning.callbacks import HTTPJudgeReward
 from drpo_lightning.errors import SettingError
@@ -223,3 +225,20 @@ def test_an_url_that_cannot_be_is_refused_without_its_password(url):
     with pytest.raises(ValueError, match=r"`url` must be http|Port could not be cast") as error:
         HTTPJudgeReward(url)
     assert "word@" not in str(error.value)
+
+
+def test_its_settings_are_flat_in_a_configuration_and_checked():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--reward", type=Callback)
+
+    def parse(**settings):
+        init_args = {"url": "http://localhost/score"} | settings
+        return parser.parse_object({"reward": {"class_path": "HTTPJudgeReward", "init_args": init_args}})
+
+    settings = {"max_retries": 7, "weight": 0.5, "on_failure": "score", "failure_score": 0.25}
+    reward = parser.instantiate(parse(**settings)).reward
+    assert (reward.max_retries, reward.weight, reward.name) == (7, 0.5, "judge")
+    assert vars(reward.failure_policy) == {"on_failure": "score", "failure_score": 0.25}
+    for wrong in ({"max_retires": 7}, {"on_failure": "ignore"}, {"max_concurrency": "many"}):
+        with pytest.raises(ArgumentError, match=next(iter(wrong))):
+            parse(**wrong)

@@ -1,6 +1,7 @@
 """Answers compared with what the data set says, by worked examples."""
 
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -48,17 +49,28 @@ def test_exact_match_ignores_surrounding_white_space_only(completion, answer, sc
         ("(1,2)", "2"),
         ("007", "7"),
         ("50%", "50"),
-        ("1/2", "2"),
+        ("1/2", "1/2"),
+        ("-3/4 of it", "-3/4"),
+        ("so 100/5 = 20", "20"),
+        ("on 3/4/2024", "2024"),
+        ("7/2.5", "2.5"),
+        (r"\frac{3}{2}", "3/2"),
+        (r"x = -\dfrac{1}{2}$", "-1/2"),
+        (r"\frac{-1}{2}", "-1/2"),
+        (r"\tfrac34", "3/4"),
+        (r"3\frac{1}{2}", "7/2"),
+        (r"-3\frac12", "-7/2"),
+        (r"\frac{1}{2}\frac{3}{4}", "3/4"),
         ("3 apples cost 4€ each, so 12€", "12"),
         ("version 1.2.3", "0.3"),
         ("9" * 60, "9" * 60),
     ],
 )
 def test_last_number(text, number):
-    assert last_number(text) == Decimal(number)
+    assert last_number(text) == Fraction(number)
 
 
-@pytest.mark.parametrize("text", ["", "none", "-", ".", "six", ",,,", "-.", "\\boxed{}"])
+@pytest.mark.parametrize("text", ["", "none", "-", ".", "six", ",,,", "-.", "\\boxed{}", "1/0", "9" * 5000])
 def test_a_text_without_a_number_has_none(text):
     assert last_number(text) is None
 
@@ -67,7 +79,7 @@ def test_a_text_without_a_number_has_none(text):
 def test_the_last_number_is_found_however_it_is_written(units, places, text):
     number = Decimal(units).scaleb(-places)
     for written in (f"{number:f}", f"{number:,f}"):
-        assert last_number(f"3 {text} {written}{text}") == number
+        assert last_number(f"3 {text} {written}{text}") == Fraction(number)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +133,11 @@ def test_boxed_finds_whatever_is_balanced(content):
         ("0.1", "0.10", 1.0),
         ("0.30000000000000004", "0.3", 0.0),
         ("-0", "0", 1.0),
+        ("it is 1/2", "0.5", 1.0),
+        ("3/2", "1/2", 0.0),
+        ("0.33", "1/3", 0.0),
+        ("50%", "50", 1.0),
+        ("50%", "0.5", 0.0),
     ],
 )
 def test_numeric_answer(completion, answer, score):
@@ -140,10 +157,27 @@ def test_numeric_answer(completion, answer, score):
         (r"42 \boxed{}", 0.0),
         (r"42 \boxed{none}", 0.0),
         (r"42 \boxed{42", 0.0),
+        (r"\boxed {42}", 1.0),
+        (r"\boxed{\$42}", 1.0),
+        (r"\boxed{42\%}", 1.0),
+        (r"\boxed{42\text{ cm}}", 1.0),
+        (r"\boxed{42^\circ}", 1.0),
+        (r"\boxed{\frac{84}{2}}", 1.0),
+        (r"\boxed{\frac{42}{5}}", 0.0),
+        (r"\boxed{-42}", 0.0),
+        (r"\boxed{\text{cm}}", 0.0),
+        (r"\boxed{42\text{ or }43}", 0.0),
+        (r"\boxed{42\text{ or 43}}", 0.0),
     ],
 )
 def test_only_the_boxed_number_counts_if_asked(completion, score):
     assert numeric_answer(completion, "42", boxed=True) == score
+
+
+@pytest.mark.parametrize(("answer", "box"), [(r"\frac{3}{2}", "2"), ("3/2", "2"), (r"2\frac12", r"\frac12")])
+def test_a_part_of_a_fraction_is_not_the_answer(answer, box):
+    assert numeric_answer(rf"\boxed{{{box}}}", answer, boxed=True) == 0.0
+    assert numeric_answer(rf"\boxed{{{answer}}}", answer, boxed=True) == 1.0
 
 
 @pytest.mark.parametrize("boxed", [False, True])
@@ -171,7 +205,7 @@ def test_the_minus_sign_of_typography_is_a_sign():
     assert numeric_answer("\u22125", "-5") == 1.0
 
 
-@pytest.mark.parametrize("box", [r"\frac{3}{2}", "10^5", "x=3,y=2", "1 or 2", "2.5e2", "2 cm", ""])
+@pytest.mark.parametrize("box", [r"\frac{3}{x}", "10^5", "x=3,y=2", "1 or 2", "2.5e2", "2 cm", ""])
 def test_a_box_with_more_than_a_number_does_not_pass(box):
     for answer in ("2", "5", "3"):
         assert numeric_answer(rf"\boxed{{{box}}}", answer, boxed=True) == 0.0
