@@ -18,6 +18,9 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from drpo_lightning.disk import DiskFullError, told_if_full, why_no_room, why_no_room_at
 
 CHECKSUMS = "checksums.json"
 SUFFIX = ".ckpt"
@@ -40,10 +43,23 @@ class StreamedCheckpointIO(TorchCheckpointIO):
     copies it from there.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401, ARG002
-        """See `TorchCheckpointIO`; of local paths."""
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: list[BaseException] | None = None
+    ) -> None:
+        """See `TorchCheckpointIO`; of local paths.
+
+        Args:
+            checkpoint: what is saved.
+            path: where to.
+            storage_options: takes a failure instead of raising it here, where the other ranks would wait for ever.
+        """
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, path)
+        try:
+            torch.save(checkpoint, path)
+        except (RuntimeError, OSError) as error:
+            if storage_options is None:
+                raise
+            storage_options.append(error)
 
 
 def save_checkpoint(trainer: Trainer, path: str | Path, *, weights_only: bool = False) -> None:
@@ -53,6 +69,9 @@ def save_checkpoint(trainer: Trainer, path: str | Path, *, weights_only: bool = 
         trainer: whose state is saved.
         path: local file, or folder for a strategy that saves shards; ends in `.ckpt`.
         weights_only: leaves out what only a resumed run needs.
+
+    Raises:
+        DiskFullError: on every rank, if there is no room. What was written is removed, and the one before stays.
     """
     path = Path(os.path.abspath(path))
     partial = path.with_name(path.name + PARTIAL)
@@ -60,17 +79,57 @@ def save_checkpoint(trainer: Trainer, path: str | Path, *, weights_only: bool = 
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
     trainer.strategy.barrier()
-    trainer.save_checkpoint(partial, weights_only)
-    mine = _write_through(partial, trainer.global_rank)
-    checksums: list[Any] = [mine]
-    if trainer.world_size > 1:
-        checksums = [None] * trainer.world_size
-        torch.distributed.all_gather_object(checksums, mine)
+    failures, mine = _write(trainer, partial, weights_only=weights_only)
+    _raise_on_all_ranks(trainer, failures, path, partial)
+    checksums = _gathered(trainer, mine)
     if trainer.is_global_zero:
         if partial.is_dir():
             _write_checksums(partial, {name: entry for part in checksums for name, entry in part.items()})
         _replace(partial, path)
     trainer.strategy.barrier()
+
+
+def _write(trainer: Trainer, partial: Path, *, weights_only: bool) -> tuple[list[BaseException], Checksums]:
+    """Writes this rank's part; what went wrong, and the checksums of its files in a folder of shards."""
+    failures: list[BaseException] = []
+    is_streamed = isinstance(trainer.strategy.checkpoint_io, StreamedCheckpointIO)
+    try:
+        trainer.save_checkpoint(partial, weights_only, failures if is_streamed else None)
+    except CheckpointException as error:  # on all ranks
+        failures.append(error)
+    if failures:
+        return failures, {}
+    try:
+        return [], _write_through(partial, trainer.global_rank)
+    except OSError as error:
+        return [error], {}
+
+
+def _raise_on_all_ranks(trainer: Trainer, failures: list[BaseException], path: Path, partial: Path) -> None:
+    """Raises what went wrong on any rank. Collective."""
+    reasons = [why_no_room(error) or why_no_room_at(partial) or "" for error in failures]
+    is_failed, reason = bool(failures), reasons[0] if reasons else ""
+    everywhere = _gathered(trainer, (is_failed, reason))
+    if not any(is_failed for is_failed, _ in everywhere):
+        return
+    reason = next((reason for _, reason in everywhere if reason), "")
+    if reason:
+        if trainer.is_global_zero:
+            _remove(partial)
+        raise DiskFullError(
+            f"the checkpoint {str(path)!r} could not be written: {reason}. The one before stays: make room, and go on "
+            "with `--ckpt_path last`"
+        )
+    raise failures[0] if failures else OSError(f"the checkpoint {str(path)!r} could not be written on another rank")
+
+
+def _gathered(trainer: Trainer, mine: Any) -> list[Any]:  # noqa: ANN401
+    """What every rank gives, by rank. Collective."""
+    if trainer.world_size == 1:
+        return [mine]
+    everywhere: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(everywhere, mine)
+    return everywhere
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -97,7 +156,8 @@ def _write_through(partial: Path, rank: int) -> Checksums:
 
 
 def _write_checksums(folder: Path, checksums: Checksums) -> None:
-    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
+    with told_if_full(folder / CHECKSUMS):
+        (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
     _sync(folder / CHECKSUMS)
     _sync(folder)
 

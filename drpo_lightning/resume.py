@@ -1,5 +1,6 @@
 """Which checkpoint `--ckpt_path` means, and how a run goes on in the log folder of the one that it resumes."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from drpo_lightning.callbacks import PolicyCheckpoint
 from drpo_lightning.checkpoints import newest_checkpoint, verify_checkpoint
 from drpo_lightning.errors import SettingError
-from drpo_lightning.log_position import go_on_from
+from drpo_lightning.log_position import cut_logs, take_folders
+from drpo_lightning.output_folders import claim_output_folders
 
 SPECIAL = ("best", "hpc")
 """What else Lightning understands under `ckpt_path`."""
@@ -63,6 +65,10 @@ def checkpoint_to_resume(trainer: Trainer, asked: str | None) -> str | None:
         newest = newest_checkpoint(*checkpoint_folders(trainer))
     except ValueError as error:
         raise SettingError(f"`--ckpt_path {asked}`: {error}{_way_out(trainer, asked)}") from error
+    except FileNotFoundError as error:
+        raise SettingError(
+            f"`--ckpt_path {asked}`: {error.filename!r} was removed while it was read: another run is writing there"
+        ) from error
     return None if newest is None else str(newest)
 
 
@@ -74,7 +80,7 @@ def _way_out(trainer: Trainer, asked: str) -> str:
     return "" if newest is None else f". The newest whole checkpoint is {str(newest)!r}"
 
 
-def go_on_as_its_run(trainer: Trainer, checkpoint: str) -> None:
+def go_on_as_its_run(trainer: Trainer, checkpoint: str, held: ExitStack) -> None:
     """Lets a run go on as that of a checkpoint: TensorBoard's and CSV loggers in its folder, from where it was saved.
 
     What was logged there after it is removed: the run logs it again. The checkpoint itself is the run's own, to be
@@ -83,11 +89,17 @@ def go_on_as_its_run(trainer: Trainer, checkpoint: str) -> None:
     Args:
         trainer: before its run has begun.
         checkpoint: a file, or a folder of shards.
+        held: see `claim_output_folders`.
+
+    Raises:
+        SettingError: if a folder cannot be written to, or another run writes there.
     """
     path = Path(checkpoint)
     file = path / "meta.pt" if path.is_dir() else path
     positions = torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("logs", [])
-    go_on_from(trainer.loggers, positions)
+    take_folders(trainer.loggers, positions)
+    claim_output_folders(trainer, held)
+    cut_logs(trainer.loggers, positions)
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, PolicyCheckpoint):
             callback.owns_resumed = True

@@ -14,6 +14,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, Sessi
 from drpo_lightning.callbacks.tensorboard import tensorboard_writers
 from drpo_lightning.charts import BEST_PREFIX, FIGURES, HELD_OUT
 from drpo_lightning.datamodules import RolloutDataModule
+from drpo_lightning.disk import why_no_room
 from drpo_lightning.modules import PolicyModule
 from drpo_lightning.objectives import Objective
 from drpo_lightning.rollout.engine import RolloutEngine
@@ -71,8 +72,9 @@ class HyperparameterLogger(Callback, RolloutHooks):
         self._finish(trainer, api_pb2.STATUS_SUCCESS)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
-        """Marks the entry, also after Ctrl-C."""
-        self._finish(trainer, api_pb2.STATUS_FAILURE)
+        """Marks the entry, also after Ctrl-C; not where there is no room for it."""
+        if not why_no_room(exception):
+            self._finish(trainer, api_pb2.STATUS_FAILURE)
 
     def state_dict(self) -> dict[str, Any]:
         """The best figures, which a resumed run goes on from."""

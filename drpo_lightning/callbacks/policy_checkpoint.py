@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from drpo_lightning.callbacks.end_request import EndRequest
 from drpo_lightning.checkpoints import StreamedCheckpointIO, save_checkpoint
+from drpo_lightning.disk import why_no_room
 from drpo_lightning.errors import NonFiniteError, SettingError
 from drpo_lightning.log_position import log_positions
 from drpo_lightning.rewards import Reward
@@ -146,8 +147,8 @@ class PolicyCheckpoint(ModelCheckpoint, RolloutHooks):
             super().on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves after Ctrl-C and SIGTERM, and after an exception on a run of one rank."""
-        is_whole = trainer.world_size == 1 or self._ranks_agree
+        """Saves after Ctrl-C and SIGTERM, and after an exception on a run of one rank; not for want of room."""
+        is_whole = (trainer.world_size == 1 and not why_no_room(exception)) or self._ranks_agree
         if not self._is_training or self._end_request.is_forced or not is_whole:
             return
         try:

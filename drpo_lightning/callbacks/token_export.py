@@ -1,6 +1,5 @@
 """Every sampled token of a run as a row of a table."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from drpo_lightning.batch import Rollout, RolloutBatch
+from drpo_lightning.disk import whole_file
 from drpo_lightning.modules.policy import StepOutput
 
 if TYPE_CHECKING:
@@ -195,10 +195,8 @@ def token_table(rows: dict[str, Tensor], tokenizer: Any) -> "pyarrow.Table":  # 
 
 
 def write_parquet(table: "pyarrow.Table", path: Path) -> None:
-    """Writes a file that is never seen half written: under a hidden name, then renamed."""
+    """Writes a file that is never seen half written; raises `DiskFullError` if there is no room."""
     import pyarrow.parquet as pq
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    pq.write_table(table, unfinished)
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        pq.write_table(table, unfinished)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from drpo_lightning.errors import SettingError
+from drpo_lightning.errors import SettingError, loading_model
 
 
 def load_language_model(name: str, *, dtype: torch.dtype | str = torch.float32, trust_remote_code: bool = False) -> Any:  # noqa: ANN401
@@ -17,7 +17,8 @@ def load_language_model(name: str, *, dtype: torch.dtype | str = torch.float32, 
     """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    with loading_model(name):
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def empty_language_model(name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:  # noqa: ANN401

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drpo_lightning.disk import whole_files
+
 PART = re.compile(r"(?P<module>.+)\.(?P<part>base_layer|lora_A\.default|lora_B\.default)\.(?P<kind>weight|bias)")
 """A tensor of an adapted layer in the state dict of a model that PEFT has put adapters into."""
 SAVED_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A|lora_B)\.weight")
@@ -103,15 +105,16 @@ def write_adapter(folder: str | Path, config: Mapping[str, Any], weights: Iterab
 
     Raises:
         ValueError: if the folder holds a whole model, which would be loaded with the adapters on top.
+        DiskFullError: if there is no room; what the folder held stays.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
     if (folder / "config.json").exists():
         raise ValueError(f"the folder {str(folder)!r} holds a model, on which adapters would be loaded; take another")
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights}
     layers = sorted({match["module"] for name in tensors if (match := SAVED_FACTOR.fullmatch(name))})
     content = {**config, "target_modules": layers}
-    (folder / "adapter_config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with whole_files(folder) as unfinished:
+        (unfinished / "adapter_config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        save_file(tensors, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})

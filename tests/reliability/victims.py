@@ -144,3 +144,13 @@ class Killer(Callback, RolloutHooks):
     def on_train_epoch_end(self, trainer, pl_module):
         if self.moment.comes_by("epoch"):
             die()
+
+
+def lengths(completion_ids, **_):
+    """A reward that varies."""
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def fails(completion_ids, **_):
+    """A reward that meets a service that refuses its key."""
+    raise ConnectionError(f"refused, after {len(completion_ids)} completions")
