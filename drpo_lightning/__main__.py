@@ -2,21 +2,31 @@
 
 import os
 import sys
+from importlib import import_module
 
 from drpo_lightning import __version__
 
-HELP = f"""drpo {__version__}: reinforcement learning of language models with a visible trust region
-
-usage: drpo COMMAND [OPTIONS]
-
-commands:
-  fit        train:              drpo fit --config configs/quickstart.yaml
-  validate   score the policy:   drpo validate --config configs/quickstart.yaml --ckpt_path FILE
-  export     write the policy of a checkpoint as a Hugging Face folder: drpo export --ckpt FILE --out FOLDER
-  report     compare runs in one HTML page: drpo report runs/quickstart --out report.html
-
-`drpo COMMAND --help` lists the options of a command; `drpo fit --print_config` prints a configuration.
-"""
+COMMANDS = {
+    "init": "write a commented configuration: drpo init --model MODEL --task gsm8k --out config.yaml",
+    "doctor": "look at the machine, and say what is missing",
+    "fit": "train: drpo fit --config configs/quickstart.yaml",
+    "validate": "score the policy: drpo validate --config configs/quickstart.yaml --ckpt_path FILE",
+    "score": "run the rewards over a file of completions: drpo score --config FILE --data completions.jsonl",
+    "serve": "start a vLLM server that VLLMServerEngine samples from: drpo serve MODEL",
+    "export": "write the policy of a checkpoint as a Hugging Face folder: drpo export --ckpt FILE --out FOLDER",
+    "report": "compare runs in one HTML page: drpo report runs/quickstart --out report.html",
+    "completion": "print a script that makes a shell complete all of this: drpo completion bash",
+}
+"""Every command is a module of the package with a `main(arguments)`, except for Lightning's."""
+OF_LIGHTNING = ("fit", "validate")
+HELP = "\n".join(
+    [
+        f"drpo {__version__}: reinforcement learning of language models with a visible trust region",
+        "\nusage: drpo COMMAND [OPTIONS]\n\ncommands:",
+        *(f"  {name:<12}{says}" for name, says in COMMANDS.items()),
+        "\n`drpo COMMAND --help` lists the options of a command; `drpo fit --print_config` prints a configuration.\n",
+    ]
+)
 
 
 def main() -> None:
@@ -28,18 +38,12 @@ def main() -> None:
         sys.path.insert(0, here)
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
-    if command in ("fit", "validate"):
-        from drpo_lightning.cli import main as run
-
-        run()
-    elif command == "export":
-        from drpo_lightning.export import main as export
-
-        export(arguments[1:])
-    elif command == "report":
-        from drpo_lightning.report import main as report
-
-        report(arguments[1:])
+    if command in OF_LIGHTNING:
+        if "--verbose" not in arguments:
+            import_module("drpo_lightning.noise").quieten()
+        import_module("drpo_lightning.cli").main()
+    elif command in COMMANDS:
+        import_module(f"drpo_lightning.{command}").main(arguments[1:])
     elif command in ("-h", "--help"):
         print(HELP)  # noqa: T201
     elif command == "--version":

@@ -1,5 +1,6 @@
 """The data that travels: how tokens are sampled, what an engine returns, a scored rollout, and what is trained on."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -101,6 +102,8 @@ class Rollout:
         reward_errors: True where a reward failed for any reason but time, one value per sample, by its name; of the
             rewards that may fail.
         reward_timeouts: True where a reward took too long, likewise.
+        answers: final answer of each completion, equal texts for equal answers, None where there is none; None if no
+            reward says what an answer is.
     """
 
     prompts: list[str]
@@ -117,6 +120,7 @@ class Rollout:
     reference_penalties: Float[Tensor, " samples"] | None = None
     reward_errors: dict[str, Bool[Tensor, " samples"]] = field(default_factory=dict)
     reward_timeouts: dict[str, Bool[Tensor, " samples"]] = field(default_factory=dict)
+    answers: list[str | None] | None = None
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -264,7 +268,9 @@ class ValidationBatch:
 
     Args:
         rollout: the completions and rewards, grouped by prompt.
+        subsets: which of the rollout's prompts belong to each subset of the data; every rank has every name.
     """
 
-    def __init__(self, rollout: Rollout) -> None:
+    def __init__(self, rollout: Rollout, subsets: Mapping[str, Sequence[int]]) -> None:
         self.rollout = rollout
+        self.subsets = subsets

@@ -14,12 +14,14 @@ LAYOUT: Layout = {
     "Reward": {
         "mean reward": r"reward/([^/]+/)?mean",
         "held-out reward": r"val/reward/mean",
-        "held-out pass@k": r"val/pass@\d+",
+        "held-out avg@k, pass@k and maj@k": r"val/(avg|pass|maj)@\d+",
+        "held-out reward by subset": r"val/.+/reward/mean",
+        "held-out avg@k, pass@k and maj@k by subset": r"val/.+/(avg|pass|maj)@\d+",
         "prompts whose samples have equal rewards": r"group/zero_std_fraction",
         "standard deviation of the reward": r"reward/std",
         "completions that a reward applies to": r"reward/[^/]+/applies_fraction",
         "failures of rewards, of all completions": r"reward/(.+/(error|timeout)|dropped)_fraction",
-        "failures of rewards, of held-out completions": r"val/reward/(.+/(error|timeout)|dropped)_fraction",
+        "failures of rewards, of held-out completions": r"val/(.+/)?reward/(.+/(error|timeout)_|dropped_)fraction",
     },
     "Trust region": {
         "mean |pi - mu|": r"policy_shift/abs_mean",
@@ -92,10 +94,17 @@ LAYOUT: Layout = {
     "Completions": {
         "tokens per completion": r"completions/(mean|max)_length",
         "truncated completions": r"completions/truncated_fraction",
-        "tokens per held-out completion": r"val/completions/mean_length",
-        "truncated held-out completions": r"val/completions/truncated_fraction",
+        "tokens per held-out completion": r"val/(.+/)?completions/mean_length",
+        "truncated held-out completions": r"val/(.+/)?completions/truncated_fraction",
         "entropy of mu in nats": r"entropy/rollout",
         "rare, middle and common tokens by mu": r"tokens/(rare|middle|common)_fraction",
+    },
+    "Prompts": {
+        "passes over the prompts": r"data/passes",
+        "prompts left out": r"data/(skipped|too_easy|too_hard|unjudged)_fraction",
+        "prompts left out for their length": r"data/overlong_prompts",
+        "mean reward by data set": r"data/.+/reward_mean",
+        "share of each data set": r"data/.+/fraction",
     },
     "Speed": {
         "sampled tokens per second": r"perf/tokens_per_second",

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from contextlib import ExitStack
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -12,12 +13,15 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from drpo_lightning.callbacks import RolloutProgress
+from drpo_lightning.callbacks import RolloutProgress, ValidationTable
 from drpo_lightning.callbacks.end_request import Terminated
 from drpo_lightning.datamodules import RolloutDataModule
+from drpo_lightning.disk import DiskFullError
 from drpo_lightning.errors import SettingError
 from drpo_lightning.modules import PolicyModule
+from drpo_lightning.output_folders import claim_log_folders, claim_output_folders
 from drpo_lightning.resume import checkpoint_folders, checkpoint_to_resume, go_on_as_its_run
+from drpo_lightning.saved_config import SaveUnresolvedConfig, note_interpolations
 
 TRAINER_DEFAULTS = {
     "max_epochs": 100,  # an epoch is a rollout
@@ -36,7 +40,17 @@ HINTS = {
 
 
 class DRPOCommandLine(LightningCLI):
-    """Lightning's command line with what belongs together linked."""
+    """Lightning's command line with what belongs together linked.
+
+    Args:
+        args: those of `LightningCLI`.
+        held: keeps the folders that the run writes to, until it is closed.
+        kwargs: those of `LightningCLI`.
+    """
+
+    def __init__(self, *args: Any, held: ExitStack | None = None, **kwargs: Any) -> None:  # noqa: ANN401
+        self.held = held or ExitStack()
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -45,6 +59,15 @@ class DRPOCommandLine(LightningCLI):
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
         }
+
+    def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:  # noqa: ANN401
+        """Adds `--verbose` to `fit`; `validate` has Lightning's, which is for where our own table is not asked for."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument("--verbose", action="store_true", help="print every metric of every rollout")
+        else:
+            parser.set_defaults({"verbose": False})
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Gives the data module the policy's name, and the policy the temperature of the sampling."""
@@ -97,7 +120,8 @@ class DRPOCommandLine(LightningCLI):
         if trainer_config.get("enable_progress_bar") is not False and not any(
             isinstance(callback, ProgressBar) for callback in callbacks
         ):
-            trainer_config["callbacks"] = [*callbacks, RolloutProgress()]
+            verbose = bool(self._get(self.config_init, "verbose"))
+            trainer_config["callbacks"] = [*callbacks, RolloutProgress(verbose=verbose)]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU")  # an error below
             trainer = super().instantiate_trainer(**kwargs)
@@ -117,8 +141,10 @@ class DRPOCommandLine(LightningCLI):
             # Lightning leaves it out in the middle of an epoch only; it would change what was loaded.
             self.trainer.num_sanity_val_steps = 0
         if is_last and path is not None:
-            go_on_as_its_run(self.trainer, path)
-        elif is_last:
+            go_on_as_its_run(self.trainer, path, self.held)
+            return
+        claim_output_folders(self.trainer, self.held)
+        if is_last:
             rank_zero_info("`--ckpt_path last`: there is no checkpoint yet, the run starts from the beginning")
 
     def before_validate(self) -> None:
@@ -129,6 +155,9 @@ class DRPOCommandLine(LightningCLI):
         if asked == "last" and config["ckpt_path"] is None:
             folders = ", ".join(map(str, checkpoint_folders(self.trainer)))
             raise SettingError(f"`--ckpt_path last`: there is no checkpoint in {folders or 'any folder'}")
+        if not any(isinstance(callback, ValidationTable) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            config["verbose"] = True
+        claim_log_folders(self.trainer, self.held)
 
     def _loading_tensors_only(self, subcommand: str) -> Any:  # noqa: ANN401
         """The subcommand's settings; a checkpoint runs no code that a pickle may bring, unless that is asked for."""
@@ -150,17 +179,21 @@ def _imported(path: str) -> Any:  # noqa: ANN401
 def main() -> None:
     """Runs the subcommand in `sys.argv`."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    note_interpolations()
     try:
-        DRPOCommandLine(
-            PolicyModule,
-            RolloutDataModule,
-            parser_kwargs={"parser_mode": "omegaconf+"},
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults=TRAINER_DEFAULTS,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-        )
-    except SettingError as error:
+        with ExitStack() as held:
+            DRPOCommandLine(
+                PolicyModule,
+                RolloutDataModule,
+                held=held,
+                parser_kwargs={"parser_mode": "omegaconf+"},
+                save_config_callback=SaveUnresolvedConfig,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults=TRAINER_DEFAULTS,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+            )
+    except (SettingError, DiskFullError) as error:
         sys.exit(f"drpo: error: {error}")
     except Terminated as error:
         sys.exit(error.exit_code)

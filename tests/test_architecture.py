@@ -12,11 +12,16 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 FLOORS = {
     "functional": 0,
     "batch": 0,
+    "console": 0,
+    "noise": 0,
     "errors": 0,
+    "disk": 0,
+    "folder_lock": 0,
     "objectives": 1,
     "metrics": 1,
     "rollout": 1,
     "rewards": 1,
+    "hub": 1,
     "logs": 1,
     "charts": 1,
     "checkpoints": 1,
@@ -25,19 +30,39 @@ FLOORS = {
     "datamodules": 2,
     "callbacks": 3,
     "export": 3,
+    "doctor": 3,
+    "init": 3,
+    "model_card": 3,
     "report": 3,
+    "output_folders": 3,
     "resume": 3,
+    "serve": 3,
+    "saved_config": 3,
     "cli": 4,
+    "completion": 4,
+    "score": 4,
     "__main__": 4,
 }
-SAME_FLOOR = {("callbacks", "export"), ("resume", "callbacks"), ("__main__", "cli")}
+SAME_FLOOR = {
+    ("callbacks", "export"),
+    ("callbacks", "model_card"),
+    ("export", "model_card"),
+    ("resume", "callbacks"),
+    ("resume", "output_folders"),
+    ("output_folders", "callbacks"),
+    ("disk", "errors"),
+    ("__main__", "cli"),
+    ("completion", "__main__"),
+    ("__main__", "score"),
+    ("score", "cli"),
+}
 STDLIB_OF_PURE_CODE = {"abc", "collections", "dataclasses", "math", "types", "typing"}
 PURE = {
     "functional": STDLIB_OF_PURE_CODE | {"torch", "jaxtyping", "drpo_lightning.functional"},
     "objectives": STDLIB_OF_PURE_CODE
     | {"torch", "jaxtyping", "drpo_lightning.functional", "drpo_lightning.objectives"},
 }
-IMPORTED_WHERE_USED = {"vllm", "transformers", "datasets", "pyarrow", "matplotlib"}
+IMPORTED_WHERE_USED = {"vllm", "transformers", "datasets", "pyarrow", "matplotlib", "reasoning_gym"}
 RUN_MAIN = f"runpy.run_module('{PACKAGE}', run_name='__main__')"
 FILES = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.rglob("*.py"))}
 

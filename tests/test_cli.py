@@ -104,6 +104,12 @@ def test_a_progress_bar_is_there_unless_it_is_not_wanted(build):
     assert not any(isinstance(callback, ProgressBar) for callback in without)
 
 
+def test_verbose_is_the_progress_bars(build):
+    for arguments, expected in (([], False), (["--verbose"], True)):
+        (bar,) = (c for c in build(*arguments).trainer.callbacks if isinstance(c, RolloutProgress))
+        assert bar.verbose is expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -179,6 +185,7 @@ def test_what_is_null_in_a_file_is_named(run, capsys, tmp_path, section, message
         (["--trainer.precision=64-true"], r"`trainer\.precision` 64-true is not supported; take one of 32-true"),
         (["--trainer.callbacks=null"], r"`trainer\.callbacks` has no reward"),
         (["--data.prompts=FilePrompts", "--data.prompts.path=nowhere.jsonl"], r"'nowhere\.jsonl' does not exist"),
+        (["--model.model=models/nowhere"], r"`model\.model` 'models/nowhere' cannot be loaded: .*drpo doctor"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )

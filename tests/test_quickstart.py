@@ -155,7 +155,7 @@ def test_ctrl_c_ends_the_engine_and_keeps_a_checkpoint(environment, tmp_path, en
         )
         try:
             deadline = time.monotonic() + TIMEOUT_SECONDS
-            while not re.search(r"Rollout [3-9]/1000", log.read_text()):
+            while not re.search(r"(?m)^ +[3-9] +\d+", log.read_text()):
                 assert run.poll() is None, log.read_text()[-3000:]
                 assert time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(0.5)

@@ -1,15 +1,21 @@
-"""What a run came to, in a few lines at its end."""
+"""What a run is about to do, and what it came to, in a few lines at its start and its end."""
 
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from drpo_lightning.callbacks.export_policy import ExportPolicy
+from drpo_lightning.datamodules import RolloutDataModule
+from drpo_lightning.modules import PolicyModule
 
 
 class RunSummary(Callback):
-    """Prints the validation before and after, and where the logs and the exported policy are.
+    """Prints what will be trained and how at the start; at the end the validation before and after, and the folders.
+
+    At the start: the model and its size, strategy and precision, objective and its regime, engine, completions and
+    updates per rollout, and at most how many tokens will be sampled.
 
     The validation before is Lightning's sanity check: set `trainer.num_sanity_val_steps: -1`. Without it, the first
     and the latest validation are compared, and a single one stands alone.
@@ -20,6 +26,14 @@ class RunSummary(Callback):
         self._last: dict[str, float] = {}
         self._first_step = 0
         self._last_step = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints what is about to happen, on rank 0."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        log_dir = trainer.log_dir  # collective
+        if isinstance(pl_module, PolicyModule) and isinstance(data, RolloutDataModule):
+            lines = {**_model_lines(trainer, pl_module), **_data_lines(trainer, data), "logs": str(log_dir or "none")}
+            _print("\n".join(f"{title + ':':11}{text}" for title, text in lines.items()) + "\n")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Keeps the first and the latest figures."""
@@ -54,7 +68,65 @@ class RunSummary(Callback):
         lines += [f"policy:  {folder}" for folder in exported]
         if log_dir:
             lines.append(f"look at: tensorboard --logdir '{Path(log_dir).parent}'")
-        print("\n" + "\n".join(lines), flush=True)  # noqa: T201
+        _print("\n" + "\n".join(lines))
+
+
+@rank_zero_only
+def _print(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
+
+
+def _model_lines(trainer: Trainer, module: PolicyModule) -> dict[str, str]:
+    """The model, where and how it is trained, and the objective."""
+    assert module.network is not None, "fit has begun"
+    size = module.network.num_parameters
+    adapters = "" if module.peft is None else f", LoRA of rank {module.peft.r}"
+    ranks = f"{trainer.world_size} rank{'s' * (trainer.world_size > 1)} on {trainer.strategy.root_device.type}"
+    return {
+        "model": f"{module.model_name}, {_count(size)} parameters{adapters}",
+        "strategy": f"{type(trainer.strategy).__name__}, {ranks}, {trainer.precision}",
+        "objective": module.objective.describe(),
+    }
+
+
+def _data_lines(trainer: Trainer, data: RolloutDataModule) -> dict[str, str]:
+    """The engine, and what a rollout and the whole run sample and update."""
+    completions = data.num_prompts * data.group_size
+    tokens = completions * data.sampling.max_tokens
+    window = int(trainer.accumulate_grad_batches)
+    size = completions // data.num_updates
+    rollout = (
+        f"{data.num_prompts} prompts x {data.group_size} samples = {completions} completions of at most "
+        f"{data.sampling.max_tokens} tokens -> {data.num_updates} updates of {size}, in {window} micro-batches of "
+        f"{size // window // trainer.world_size} on each rank"
+    )
+    staleness = f"staleness {data.staleness}" + (
+        " (every rollout is of the newest weights)" if not data.staleness else ""
+    )
+    return {
+        "engine": data.engine.describe(),
+        "rollout": rollout,
+        "run": f"{_length(trainer, data, tokens)}, {staleness}",
+    }
+
+
+def _length(trainer: Trainer, data: RolloutDataModule, tokens: int) -> str:
+    """How long a run will be, and what that takes at most."""
+    updates = [trainer.max_steps] if trainer.max_steps != -1 else []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        updates.append(trainer.max_epochs * data.num_updates)
+    if not updates:
+        return f"no end set, at most {_count(tokens)} sampled tokens per rollout"
+    rollouts = -(-min(updates) // data.num_updates)
+    return f"{rollouts} rollouts, {min(updates)} updates, at most {_count(rollouts * tokens)} sampled tokens"
+
+
+def _count(number: float) -> str:
+    """A large number in short."""
+    for limit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g} {letter}"
+    return f"{number:g}"
 
 
 def _moment(step: int, last_step: int) -> str:

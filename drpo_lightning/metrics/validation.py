@@ -1,6 +1,8 @@
-"""Mean reward and pass@k of validation prompts."""
+"""Mean reward, pass@k, avg@k and majority@k of validation prompts."""
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 
@@ -21,11 +23,42 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
     return 1 - math.comb(num_samples - num_passed, k) / math.comb(num_samples, k)
 
 
+def majority_at_k(answers: Sequence[str | None], passed: Sequence[bool], k: int) -> float:
+    """Estimate of the chance that the answer which most of k samples give is right.
+
+    The mean over the disjoint runs of k samples. Samples without an answer do not vote, answers with as many votes
+    share the decision, and k samples that give no answer are wrong.
+
+    Args:
+        answers: final answer of each sample, equal texts for equal answers; None where there is none.
+        passed: whether each sample passed.
+        k: samples that vote, at most as many as there are.
+
+    Source: Wang et al., *Self-Consistency Improves Chain of Thought Reasoning*, arXiv 2203.11171, section 2.
+    """
+    starts = range(0, len(answers) - k + 1, k)
+    return sum(_share_of_winners(answers[i : i + k], passed[i : i + k]) for i in starts) / len(starts)
+
+
+def _share_of_winners(answers: Sequence[str | None], passed: Sequence[bool]) -> float:
+    """Share of samples that passed among those of the most frequent answers."""
+    votes = defaultdict(list)
+    for answer, has_passed in zip(answers, passed, strict=True):
+        if answer is not None:
+            votes[answer].append(has_passed)
+    if not votes:
+        return 0.0
+    most = max(map(len, votes.values()))
+    winners = [sum(group) / most for group in votes.values() if len(group) == most]
+    return sum(winners) / len(winners)
+
+
 class ValidationStatistics(PackedMetric):
-    """Mean reward, pass@k for k = 1, 2, 4, ..., completion length and truncation over validation prompts.
+    """Mean reward, pass@k, majority@k for k = 1, 2, 4, ..., completion length and truncation of validation prompts.
 
     Dropped samples have no reward and count neither as passed nor as failed: pass@k is the mean over the prompts with
-    at least k others.
+    at least k others. majority@k, for k >= 4, is there if a reward says what a completion's final answer is
+    (`Reward.answers`).
 
     Args:
         pass_threshold: reward from which on a sample has passed.
@@ -33,43 +66,71 @@ class ValidationStatistics(PackedMetric):
 
     SUMS = ("completions", "samples", "reward", "tokens", "truncated")
     MAX_LOG2_K = 16
+    MIN_VOTES = 4
+    """Two samples cannot outvote each other."""
 
     def __init__(self, pass_threshold: float = 1.0) -> None:
-        super().__init__(len(self.SUMS) + 2 * self.MAX_LOG2_K)
+        super().__init__(len(self.SUMS) + 4 * self.MAX_LOG2_K, num_maxima=1)
         self.pass_threshold = pass_threshold
 
-    def update(self, rollout: Rollout) -> None:
-        """Adds this rank's completions."""
-        groups = rollout.group_rewards
-        kept = (~groups.isnan()).sum(dim=1).tolist()
-        passed = (groups >= self.pass_threshold).sum(dim=1).tolist()
-        values = [
-            len(rollout),
-            sum(kept),
-            rollout.rewards.double().nansum().item(),
-            rollout.num_completion_tokens,
-            sum(completion.is_truncated for completion in rollout.completions),
+    def update(self, rollout: Rollout, prompts: Sequence[int] | None = None) -> None:
+        """Adds this rank's completions.
+
+        Args:
+            rollout: completions of this rank's prompts.
+            prompts: which of its prompts count; by default all.
+        """
+        size = rollout.group_size
+        chosen = range(len(rollout) // size) if prompts is None else prompts
+        samples = [i for prompt in chosen for i in range(prompt * size, (prompt + 1) * size)]
+        rewards = rollout.rewards[samples].double()
+        groups = [self._votes(rollout, prompt) for prompt in chosen]
+        values: list[float] = [
+            len(samples),
+            int((~rewards.isnan()).sum()),
+            rewards.nansum().item(),
+            sum(len(rollout.completions[i].token_ids) for i in samples),
+            sum(rollout.completions[i].is_truncated for i in samples),
         ]
         for k in (2**i for i in range(self.MAX_LOG2_K)):
-            chances = [pass_at_k(n, c, k) for n, c in zip(kept, passed, strict=True) if n >= k]
-            values += [len(chances), sum(chances)]
+            large = [(answers, passed) for answers, passed in groups if len(passed) >= k]
+            values += [len(large), sum(pass_at_k(len(passed), sum(passed), k) for _, passed in large)]
+            voting = large if rollout.answers is not None and k >= self.MIN_VOTES else []
+            values += [len(voting), sum(majority_at_k(*group, k) for group in voting)]
         self.sums += torch.tensor(values, dtype=torch.float64, device=self.sums.device)
+        if chosen:
+            self.maxima = self.maxima.clamp(min=float(size))
+
+    def _votes(self, rollout: Rollout, prompt: int) -> tuple[list[str | None], list[bool]]:
+        """Answers of a prompt's samples and whether they passed; without those that are dropped."""
+        first = prompt * rollout.group_size
+        rewards = rollout.group_rewards[prompt].tolist()
+        answers = rollout.answers or [None] * len(rollout)
+        kept = [i for i, reward in enumerate(rewards) if not math.isnan(reward)]
+        return [answers[first + i] for i in kept], [rewards[i] >= self.pass_threshold for i in kept]
 
     def compute(self) -> dict[str, float]:
-        """`reward/mean`, `pass@k`, `completions/mean_length`, `completions/truncated_fraction`.
+        """`reward/mean`, `avg@n`, `pass@k`, `maj@k`, `completions/mean_length`, `completions/truncated_fraction`.
 
-        And `reward/dropped_fraction` if samples are dropped; what has no samples to be taken of is absent.
+        And `reward/dropped_fraction` if samples are dropped; what has no samples to be taken of is absent. avg@n
+        is pass@1 under the name that says how many samples of each prompt it is the mean of.
         """
-        completions, samples, reward, tokens, truncated, *passes = self.sums.tolist()
+        completions, samples, reward, tokens, truncated, *by_k = self.sums.tolist()
         if not completions:
             return {}
         metrics = {
             "completions/mean_length": tokens / completions,
             "completions/truncated_fraction": truncated / completions,
-            **{f"pass@{2**i}": passes[2 * i + 1] / prompts for i, prompts in enumerate(passes[::2]) if prompts},
         }
+        for name, (counts, totals) in (("pass", (by_k[::4], by_k[1::4])), ("maj", (by_k[2::4], by_k[3::4]))):
+            metrics |= {
+                f"{name}@{2**i}": total / count
+                for i, (count, total) in enumerate(zip(counts, totals, strict=True))
+                if count
+            }
         if samples:
             metrics["reward/mean"] = reward / samples
+            metrics[f"avg@{int(self.maxima[0])}"] = metrics["pass@1"]
         if samples < completions:
             metrics["reward/dropped_fraction"] = 1 - samples / completions
         return metrics

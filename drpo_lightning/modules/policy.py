@@ -142,6 +142,7 @@ class PolicyModule(EngineSide):
         self.logprob_chunk_size = logprob_chunk_size
         self.trust_remote_code = trust_remote_code
         self.validation_statistics = ValidationStatistics(pass_threshold)
+        self._subset_statistics: dict[str, ValidationStatistics] = {}
         self.network: PolicyNetwork | None = None
         self.reference_model: ReferenceModel | None = None
         self._update_loss: float | Tensor = 0.0
@@ -336,14 +337,23 @@ class PolicyModule(EngineSide):
             log_metrics(self.trainer, self, metrics)
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> None:  # noqa: ARG002
-        """Counts the scored completions of validation prompts."""
+        """Counts the scored completions of validation prompts, all of them and by subset."""
         self.validation_statistics.update(batch.rollout)
+        for name, prompts in batch.subsets.items():
+            if name not in self._subset_statistics:
+                metric = ValidationStatistics(self.validation_statistics.pass_threshold).to(self.device)
+                self._subset_statistics[name] = metric
+            self._subset_statistics[name].update(batch.rollout, prompts)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs mean reward and pass@k, also of the validation before the first update."""
-        metrics = {f"val/{name}": value for name, value in self.validation_statistics.compute().items()}
+        """Logs mean reward, pass@k and so on, also of the validation before the first update."""
+        of_all = {"val": self.validation_statistics}
+        of_subsets = {f"val/{name}": metric for name, metric in self._subset_statistics.items()}
+        metrics: dict[str, float] = {}
+        for prefix, metric in (of_all | of_subsets).items():
+            metrics |= {f"{prefix}/{name}": value for name, value in metric.compute().items()}
+            metric.reset()
         log_metrics(self.trainer, self, metrics, is_epoch_end=True)
-        self.validation_statistics.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes which model the weights belong to, for `drpo export`."""

@@ -27,6 +27,7 @@ class PolicyNetwork(nn.Module):
 
     Attributes:
         tensor_shapes: name and whole shape of every tensor of the language model's state dict.
+        num_parameters: of the whole model, tied ones counted once.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class PolicyNetwork(nn.Module):
         self.chunk_size = chunk_size
         self.is_head_linear = head_is_linear(language_model) if is_head_linear is None else is_head_linear
         self.tensor_shapes = {name: tensor.shape for name, tensor in language_model.state_dict().items()}
+        self.num_parameters = sum(parameter.numel() for parameter in language_model.parameters())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PolicyNetwork":
         """Follows the module to another device or precision; buffers keep their precision.

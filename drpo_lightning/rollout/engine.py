@@ -53,6 +53,10 @@ class RolloutEngine(ABC):
     def check_available(self) -> None:
         """Raises `SettingError` if what the engine needs is not installed. Cheap: nothing is loaded."""
 
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        return type(self).__name__
+
     @property
     @abstractmethod
     def is_started(self) -> bool:

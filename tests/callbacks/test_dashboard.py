@@ -43,7 +43,8 @@ ELSEWHERE = [
     *(f"reference/{name}" for name in ("k1_kl", "k3_kl", "log_ratio_abs_mean", "log_ratio_abs_max")),
     *("reference/beyond_clamp_fraction", "optim/reference_penalty", "engine/restarts"),
     *(f"{kind}reward/judge/{what}_fraction" for kind in ("", "val/") for what in ("error", "timeout")),
-    "reward/dropped_fraction",
+    *("data/passes", "data/skipped_fraction", "data/overlong_prompts", "data/gsm8k/reward_mean", "data/gsm8k/fraction"),
+    *("reward/dropped_fraction", "val/maj@4", "val/aime/maj@4", "val/aime/reward/mean"),
 ]
 """Scalars that other runs log than the ones of these tests."""
 
@@ -132,7 +133,7 @@ def test_main_figures_are_scalars_on_charts():
 def test_charts_without_a_scalar_are_left_out():
     assert charts_with([]) == {}
     assert charts_with(["val/pass@4", "val/pass@4/x", "xoptim/loss"]) == {
-        "Reward": {"held-out pass@k": LAYOUT["Reward"]["held-out pass@k"]}
+        "Reward": {title: LAYOUT["Reward"][title] for title in ("held-out avg@k, pass@k and maj@k",)}
     }
 
 

@@ -34,7 +34,7 @@ def test_before_and_after_are_the_first_and_the_last_validation(make_run, make_m
 def test_folders_are_named(make_run, tmp_path, capsys):
     logger = TensorBoardLogger(tmp_path, name="run", default_hp_metric=False)
     make_run(ExportPolicy(), RunSummary(), trainer={"logger": logger}).fit()
-    assert printed(capsys) == [
+    assert printed(capsys)[-4:] == [
         "2 updates on 1 rollouts",
         f"logs:    {logger.log_dir}",
         f"policy:  {logger.log_dir}/policy",
@@ -45,3 +45,42 @@ def test_folders_are_named(make_run, tmp_path, capsys):
 def test_without_validation_there_is_no_line_of_it(make_run, capsys):
     make_run(RunSummary()).fit()
     assert not any("held-out" in line for line in printed(capsys))
+
+
+def start_of(capsys):
+    return dict(re.split(":\\s+", line, maxsplit=1) for line in printed(capsys) if re.match(r"[a-z]+:\s", line))
+
+
+def test_the_start_says_what_will_be_done(make_run, model_folder, tmp_path, capsys):
+    logger = TensorBoardLogger(tmp_path, name="run", default_hp_metric=False)
+    run = make_run(RunSummary(), trainer={"logger": logger, "max_epochs": 3})
+    run.fit()
+    shown = start_of(capsys)
+    size = sum(parameter.numel() for parameter in run.module.network.parameters())
+    name, parameters = shown["model"].split(", ")
+    assert name == model_folder
+    assert float(parameters.removesuffix(" k parameters")) == pytest.approx(size / 1e3, rel=0.01)
+    assert shown["strategy"] == "SingleDeviceStrategy, 1 rank on cpu, 32-true"
+    assert shown["objective"] == run.module.objective.describe()
+    assert shown["engine"] == "TransformersEngine"
+    assert shown["rollout"] == (
+        f"4 prompts x 4 samples = 16 completions of at most {run.data.sampling.max_tokens} tokens -> "
+        "2 updates of 8, in 1 micro-batches of 8 on each rank"
+    )
+    tokens = 3 * 16 * run.data.sampling.max_tokens
+    assert shown["run"] == (
+        f"3 rollouts, 6 updates, at most {tokens} sampled tokens, staleness 0 (every rollout is of the newest weights)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_epochs": -1, "max_steps": 3}, "2 rollouts, 3 updates, at most "),
+        ({"max_epochs": 1, "max_steps": 30}, "1 rollouts, 2 updates, at most "),
+        ({"max_epochs": -1, "max_time": "00:00:00:01"}, "no end set, at most "),
+    ],
+)
+def test_the_length_of_a_run_is_what_ends_it_first(make_run, capsys, settings, expected):
+    make_run(RunSummary(), trainer=settings).fit()
+    assert start_of(capsys)["run"].startswith(expected)

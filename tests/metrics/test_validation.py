@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from drpo_lightning.batch import Completion, Rollout
 from drpo_lightning.metrics import ValidationStatistics, pass_at_k
+from drpo_lightning.metrics.validation import majority_at_k
 
 
 def scored(rewards, group_size, lengths=None, truncated=()):
@@ -46,6 +47,7 @@ def test_worked_by_hand():
         "completions/mean_length": 4.5,
         "completions/truncated_fraction": 0.25,
         "pass@1": (1 / 4 + 2 / 4) / 2,
+        "avg@4": (1 / 4 + 2 / 4) / 2,
         "pass@2": pytest.approx((3 / 6 + 5 / 6) / 2),
         "pass@4": 1.0,
     }
@@ -129,6 +131,7 @@ def test_dropped_samples_count_neither_as_passed_nor_as_failed():
         "completions/mean_length": 1.0,
         "completions/truncated_fraction": pytest.approx(2 / 12),
         "pass@1": (1 / 2 + 1) / 2,
+        "avg@4": (1 / 2 + 1) / 2,
         "pass@2": 1.0,
     }
 
@@ -148,3 +151,49 @@ def test_pass_at_k_is_taken_over_the_prompts_with_enough_samples(groups):
             assert result[f"pass@{k}"] == pytest.approx(sum(chances) / len(chances))
         else:
             assert f"pass@{k}" not in result
+
+
+@pytest.mark.parametrize(
+    ("answers", "passed", "k", "expected"),
+    [
+        ("aab", [True, True, False], 3, 1.0),
+        ("abb", [True, False, False], 3, 0.0),
+        ("ab", [True, False], 2, 0.5),  # a tie
+        ("abc", [True, False, False], 3, 1 / 3),
+        ("aabb" + "abbb", [True, True, False, False, True, False, False, False], 4, 0.25),  # a tie, and a loss
+        ("aabbb", [True, True, False, False, False], 4, 0.5),  # the last sample is left over
+        ([None, None, "a"], [False, False, True], 3, 1.0),  # those without an answer do not vote
+        ([None, None], [False, True], 2, 0.0),
+        ("aaa", [True, False, True], 3, 2 / 3),  # a reward that looks at more than the answer
+    ],
+)
+def test_majority_worked_by_hand(answers, passed, k, expected):
+    assert majority_at_k(list(answers), passed, k) == pytest.approx(expected)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), min_size=4, max_size=16))
+def test_majority_of_one_is_the_mean(samples):
+    answers, passed = zip(*samples, strict=True)
+    assert majority_at_k(answers, passed, 1) == pytest.approx(sum(passed) / len(passed))
+
+
+def test_majority_is_reported_from_four_votes_on_if_there_are_answers():
+    rollout = scored([1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0], 4)
+    without = ValidationStatistics()
+    without.update(rollout)
+    assert not [name for name in without.compute() if name.startswith("maj")]
+    rollout.answers = ["5", "6", "5", "5", "7", "7", None, "8"]
+    metric = ValidationStatistics()
+    metric.update(rollout)
+    assert {k: v for k, v in metric.compute().items() if k.startswith("maj")} == {"maj@4": 0.5}
+
+
+def test_a_subset_counts_its_prompts_alone():
+    rollout = scored([1.0, 0.0, 1.0, 1.0, 0.0, 0.0], 2, [1, 2, 3, 4, 5, 6], truncated=(5,))
+    part, whole = ValidationStatistics(), ValidationStatistics()
+    part.update(rollout, [0, 2])
+    whole.update(scored([1.0, 0.0, 0.0, 0.0], 2, [1, 2, 5, 6], truncated=(3,)))
+    assert part.compute() == whole.compute()
+    empty = ValidationStatistics()
+    empty.update(rollout, [])
+    assert empty.compute() == {}

@@ -1,0 +1,93 @@
+"""Samples with all that is known of them, as JSON lines."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from drpo_lightning.batch import Rollout, ValidationBatch
+from drpo_lightning.rollout.hooks import RolloutHooks
+
+
+class SampleWriter(Callback, RolloutHooks):
+    """Writes samples to `samples/` in the log folder: of every validation, and of rollouts if asked for.
+
+    `validation-000040.jsonl` holds the validation after 40 updates, `rollout-000010.jsonl` the tenth rollout; one line
+    per sample, those of a prompt next to each other, in the order of the data set. `drpo score --data` reads them.
+
+    Args:
+        every_n_rollouts: writes every n-th rollout, the first included; 0 for none.
+        validation: whether validations are written.
+    """
+
+    def __init__(self, every_n_rollouts: int = 0, validation: bool = True) -> None:
+        if every_n_rollouts < 0:
+            raise ValueError(f"`every_n_rollouts` must be 0 or positive, got {every_n_rollouts}")
+        self.every_n_rollouts = every_n_rollouts
+        self.validation = validation
+
+    def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:  # noqa: ARG002
+        """Writes the rollout. Collective."""
+        number = trainer.datamodule.iteration  # type: ignore[attr-defined]
+        if self.every_n_rollouts and (number - 1) % self.every_n_rollouts == 0:
+            self._write(trainer, rollout, f"rollout-{number:06d}.jsonl")
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ANN401, ARG002 - Lightning's signature
+        batch: ValidationBatch,
+        batch_idx: int,  # noqa: ARG002
+        dataloader_idx: int = 0,  # noqa: ARG002
+    ) -> None:
+        """Writes the validation. Collective."""
+        if self.validation:
+            self._write(trainer, batch.rollout, f"validation-{trainer.global_step:06d}.jsonl")
+
+    def _write(self, trainer: Trainer, rollout: Rollout, name: str) -> None:
+        """Writes the samples of all ranks in one file, on rank 0."""
+        rows = list(sample_rows(rollout))
+        if trainer.world_size > 1:
+            parts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, rows)
+            rows = sorted((row for part in parts for row in part), key=lambda row: row["prompt_number"])
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # collective
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(row, ensure_ascii=False, default=repr) + "\n" for row in rows)
+            (folder / name).write_text("".join(lines), encoding="utf-8")
+
+
+def sample_rows(rollout: Rollout) -> Iterator[dict[str, Any]]:
+    """Each sample of a rollout as one object of JSON.
+
+    Yields:
+        `prompt_number` (row of the data set), `prompt`, `completion`, `finish_reason`, `completion_ids`, `logprob` (sum
+        of log mu in nats), `reward` (None for a dropped sample), `rewards` by name (None where one does not apply),
+        `answer` (if a reward says what it is), and `columns` of the data set.
+    """
+    for i, completion in enumerate(rollout.completions):
+        parts = {name: _number(values[i]) for name, values in rollout.reward_parts.items()}
+        yield {
+            "prompt_number": rollout.prompt_numbers[i],
+            "prompt": rollout.prompts[i],
+            "completion": rollout.texts[i],
+            "finish_reason": completion.finish_reason,
+            "completion_ids": list(completion.token_ids),
+            "logprob": sum(completion.logprobs),
+            "reward": _number(rollout.rewards[i]),
+            "rewards": parts,
+            **({} if rollout.answers is None else {"answer": rollout.answers[i]}),
+            "columns": {name: values[i] for name, values in rollout.columns.items()},
+        }
+
+
+def _number(value: torch.Tensor) -> float | None:
+    """A reward as JSON knows it."""
+    number = float(value)
+    return None if math.isnan(number) else number

@@ -1,0 +1,92 @@
+"""The table of a validation, and the numbers by data set and category that it shows."""
+
+import json
+
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from drpo_lightning.callbacks import NumericAnswerReward, SampleWriter, ValidationTable
+from drpo_lightning.callbacks.validation_table import ALL, validation_table
+from drpo_lightning.datamodules import ArithmeticPrompts, PromptSource
+
+
+class TwoSets(PromptSource):
+    """Five additions of two data sets, one of which has categories."""
+
+    def load(self):
+        rows = ArithmeticPrompts(split="validation").load()[:5]
+        kinds = [("easy", None), ("hard", "odd"), ("hard", "even"), ("hard", "odd"), ("easy", None)]
+        return [row | {"data_set": name, "category": kind} for row, (name, kind) in zip(rows, kinds, strict=True)]
+
+
+def test_the_table_worked_by_hand():
+    metrics = {"val/reward/mean": 0.25, "val/avg@4": 0.5, "val/pass@1": 0.5, "val/pass@2": 1.0, "val/x/pass@2": 0.1234}
+    header, rows = validation_table({ALL: 3, "x": 1}, metrics | {"val/completions/mean_length": 123.4})
+    assert header == ["", "prompts", "avg@4", "pass@1", "pass@2", "reward", "tokens"]
+    assert rows == [
+        ["all", "3", "0.500", "0.500", "1.000", "0.250", "123"],
+        ["x", "1", "-", "-", "0.123", "-", "-"],
+    ]
+
+
+def test_k_stands_in_the_order_of_numbers():
+    metrics = {f"val/{name}@{k}": 0.0 for name in ("maj", "pass") for k in (16, 2, 4)}
+    header, _ = validation_table({ALL: 1}, metrics)
+    assert header[2:] == ["pass@2", "pass@4", "pass@16", "maj@4", "maj@16"] or header[2:] == [
+        "pass@2", "pass@4", "pass@16", "maj@2", "maj@4", "maj@16"
+    ]  # fmt: skip
+
+
+def test_a_run_shows_every_subset_and_writes_every_sample(make_run, tmp_path, capsys):
+    run = make_run(
+        ValidationTable(),
+        SampleWriter(every_n_rollouts=2),
+        trainer={"logger": TensorBoardLogger(tmp_path, default_hp_metric=False), "max_epochs": 2},
+        data={"val_prompts": TwoSets(), "val_num_samples": 4},
+        rewards=[NumericAnswerReward()],
+    )
+    run.fit()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    table = {
+        line[0]: line[1:] for line in lines if line and line[0] in ("all", "easy", "hard", "hard/odd", "hard/even")
+    }
+    assert {name: cells[0] for name, cells in table.items()} == {
+        "all": "5", "easy": "2", "hard": "3", "hard/odd": "2", "hard/even": "1"
+    }  # fmt: skip
+
+    folder = tmp_path / "lightning_logs" / "version_0"
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == [
+        "rollout-000001.jsonl", *(f"validation-00000{updates}.jsonl" for updates in (0, 2, 4))
+    ]  # fmt: skip
+    samples = [json.loads(line) for line in (folder / "samples/validation-000004.jsonl").read_text().splitlines()]
+    assert [sample["prompt_number"] for sample in samples] == [number for number in range(5) for _ in range(4)]
+    metrics = run.trainer.callback_metrics
+    for name in ("easy", "hard"):
+        own = [sample["reward"] for sample in samples if sample["columns"]["data_set"] == name]
+        assert metrics[f"val/{name}/avg@4"] == pytest.approx(sum(own) / len(own))
+        assert metrics[f"val/{name}/reward/mean"] == pytest.approx(sum(own) / len(own))
+    odd = [sample for sample in samples if sample["columns"]["category"] == "odd"]
+    assert metrics["val/hard/odd/completions/mean_length"] == pytest.approx(
+        sum(len(s["completion_ids"]) for s in odd) / len(odd)
+    )
+    assert "val/maj@4" in metrics
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    *_, text = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("validation/text_summary")]
+    assert text.splitlines()[0].startswith("|  | prompts | avg@4 | pass@1 ")
+    assert [row.split(" | ")[0].strip("| ") for row in text.splitlines()[2:]] == list(table)
+
+
+def test_without_validation_nothing_is_shown(make_run, capsys):
+    make_run(ValidationTable(), SampleWriter()).fit()
+    assert "prompts" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("callback", "settings"), [(ValidationTable, {"max_rows": 0}), (SampleWriter, {"every_n_rollouts": -1})]
+)
+def test_settings_out_of_range_are_refused(callback, settings):
+    with pytest.raises(ValueError, match=f"`{next(iter(settings))}` must be"):
+        callback(**settings)
