@@ -65,18 +65,20 @@ class Sample(NamedTuple):
     Attributes:
         seconds: since the start.
         trainer_mib: memory of the trainer that no other process shares.
-        children_mib: the same of all processes below it.
+        engine_mib: the same of the largest process below it.
+        others_mib: the same of all others.
         handles: open files, sockets and pipes.
         threads: of all processes.
         processes: the trainer and all below it.
-        shared_mib: files in shared memory that any of them has open or mapped, on the whole machine.
+        shared_mib: files in shared memory that any of them has mapped.
         events_mib: TensorBoard's files.
         rollouts: made so far.
     """
 
     seconds: float
     trainer_mib: float
-    children_mib: float
+    engine_mib: float
+    others_mib: float
     handles: int
     threads: int
     processes: int
@@ -87,7 +89,8 @@ class Sample(NamedTuple):
 
 TITLES = {
     "trainer_mib": "memory of the trainer, MiB",
-    "children_mib": "memory of engine and workers, MiB",
+    "engine_mib": "memory of the engine, MiB",
+    "others_mib": "memory of the reward's processes, MiB",
     "handles": "open files, sockets and pipes",
     "threads": "threads",
     "processes": "processes",
@@ -123,12 +126,14 @@ def take(process: psutil.Process, logs: Path, started: float) -> Sample:
     """
     family = [process, *process.children(recursive=True)]
     memory, handles, threads, alive = [], 0, 0, 0
+    shared: set[str] = set()
     for member in family:
         try:
             with member.oneshot():
                 memory.append(member.memory_full_info().uss)
                 handles += member.num_fds()
                 threads += member.num_threads()
+                shared |= {m.path for m in member.memory_maps() if m.path.startswith("/dev/shm/")}
                 alive += 1
         except psutil.NoSuchProcess:
             if member is process:
@@ -136,11 +141,12 @@ def take(process: psutil.Process, logs: Path, started: float) -> Sample:
     return Sample(
         time.monotonic() - started,
         memory[0] / MIB,
-        sum(memory[1:]) / MIB,
+        max(memory[1:], default=0) / MIB,
+        (sum(memory[1:]) - max(memory[1:], default=0)) / MIB,
         handles,
         threads,
         alive,
-        folder_bytes(Path("/dev/shm"), "*") / MIB,
+        sum(Path(path).stat().st_size for path in shared if Path(path).exists()) / MIB,
         folder_bytes(logs, "events.out.*") / MIB,
         int((logs / ROLLOUTS).read_text()) if (logs / ROLLOUTS).exists() else 0,
     )
@@ -210,9 +216,9 @@ def report(samples: Sequence[Sample]) -> bool:
 
 def draw(samples: Sequence[Sample], path: Path) -> None:
     """Everything counted against the minutes, as a PNG."""
-    figure = Figure(figsize=(10, 5), layout="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained")
     for panel, (name, (minutes, values)) in zip(
-        figure.subplots(2, 4).flatten().tolist(), series(samples).items(), strict=True
+        figure.subplots(3, 3).flatten().tolist(), series(samples).items(), strict=True
     ):
         panel.plot(minutes, values, color="#0072B2", linewidth=1)
         panel.set_title(TITLES[name], fontsize=9)

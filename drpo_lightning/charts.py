@@ -111,6 +111,8 @@ LAYOUT: Layout = {
         "seconds": r"perf/(generate|sync|reward|update|iteration)_seconds",
         "rollout": r"rollout/number",
         "restarts of the engine": r"engine/restarts",
+        "rollout servers": r"engine/(servers|lost_servers)",
+        "requests asked again": r"engine/retried_requests",
     },
 }
 """Every scalar is on one chart, and the scalars of a chart have one unit.

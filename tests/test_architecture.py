@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 FLOORS = {
     "functional": 0,
     "batch": 0,
+    "addresses": 0,
     "console": 0,
     "noise": 0,
     "errors": 0,
@@ -51,6 +52,7 @@ SAME_FLOOR = {
     ("resume", "output_folders"),
     ("output_folders", "callbacks"),
     ("disk", "errors"),
+    ("addresses", "errors"),
     ("__main__", "cli"),
     ("completion", "__main__"),
     ("__main__", "score"),

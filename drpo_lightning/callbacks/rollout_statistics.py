@@ -24,8 +24,9 @@ class RolloutStatistics(Callback, RolloutHooks):
     `group/zero_std_fraction` (prompts whose samples, without dropped ones, have equal rewards and so no gradient, but
     for that of a penalty); and of the iteration `perf/generate_seconds`, `perf/sync_seconds`, `perf/reward_seconds`,
     `perf/update_seconds`, `perf/iteration_seconds`, `perf/tokens_per_second` (sampled tokens over the whole iteration,
-    all ranks); and `engine/restarts`, how often so far an engine that had failed was started
-    again, where one can be.
+    all ranks); `engine/restarts`, how often so far an engine that had failed was started again, where one can be; and
+    what an engine says of itself: `VLLMServerEngine` has `engine/servers` (that have the newest weights),
+    `engine/lost_servers` and `engine/retried_requests` (so far), as rank 0 sees them.
     """
 
     def __init__(self) -> None:
@@ -49,6 +50,7 @@ class RolloutStatistics(Callback, RolloutHooks):
         engine: RolloutEngine = trainer.datamodule.engine  # type: ignore[attr-defined]
         if engine.max_restarts:
             self._metrics["engine/restarts"] = engine.num_restarts
+        self._metrics |= {f"engine/{name}": value for name, value in engine.statistics.items()}
         self._metrics["rollout/number"] = trainer.datamodule.iteration  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002

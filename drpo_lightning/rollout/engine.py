@@ -58,6 +58,11 @@ class RolloutEngine(ABC):
         return type(self).__name__
 
     @property
+    def statistics(self) -> dict[str, float]:
+        """Figures of its own, logged as `engine/<name>` at every rollout."""
+        return {}
+
+    @property
     @abstractmethod
     def is_started(self) -> bool:
         """True between `start` and `close`."""

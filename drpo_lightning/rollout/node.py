@@ -15,6 +15,7 @@ from torch import distributed as dist
 from drpo_lightning.batch import Completion, Sampling
 from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout.engine import EngineError, RolloutEngine
+from drpo_lightning.rollout.server import VLLMServerEngine
 from drpo_lightning.rollout.weights import WeightStream
 
 T = TypeVar("T")
@@ -34,12 +35,14 @@ class NodeEngine(RolloutEngine):
             one rollout and for one sync. Longer than the engine's own time-outs, whose messages say more.
 
     Raises:
-        ValueError: if `timeout_seconds` is not positive.
+        ValueError: if `timeout_seconds` is not positive, or the engine is shared without it.
     """
 
     def __init__(self, engine: RolloutEngine, timeout_seconds: float = 7200.0) -> None:
         if not timeout_seconds > 0:
             raise ValueError(f"`timeout_seconds` must be positive, got {timeout_seconds}")
+        if isinstance(engine, VLLMServerEngine):
+            raise ValueError("`VLLMServerEngine` is shared by all ranks already: use it without `NodeEngine`")
         super().__init__(engine.sleep_mode)
         self.engine = engine
         self.timeout_seconds = timeout_seconds

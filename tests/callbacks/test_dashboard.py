@@ -41,7 +41,7 @@ ELSEWHERE = [
     *("val/pass@16", "rollout/number", "guardrail/triggered", "adaptive/corrective_fraction"),
     *(f"proxy/{name}_{kind}" for name in ("binary", "topk", "exact") for kind in ("tv", "kl")),
     *(f"reference/{name}" for name in ("k1_kl", "k3_kl", "log_ratio_abs_mean", "log_ratio_abs_max")),
-    *("reference/beyond_clamp_fraction", "optim/reference_penalty", "engine/restarts"),
+    *("reference/beyond_clamp_fraction", "optim/reference_penalty", "engine/restarts", "engine/servers", "engine/retried_requests"),
     *(f"{kind}reward/judge/{what}_fraction" for kind in ("", "val/") for what in ("error", "timeout")),
     *("data/passes", "data/skipped_fraction", "data/overlong_prompts", "data/gsm8k/reward_mean", "data/gsm8k/fraction"),
     *("reward/dropped_fraction", "val/maj@4", "val/aime/maj@4", "val/aime/reward/mean"),

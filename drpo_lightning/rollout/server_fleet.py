@@ -1,0 +1,342 @@
+"""Many vLLM servers as one: weights go to each of them, a prompt to the least busy, and to another if that is lost."""
+
+import asyncio
+import atexit
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import aiohttp
+import torch
+from torch import Tensor
+
+from drpo_lightning.batch import Completion
+from drpo_lightning.errors import SettingError
+from drpo_lightning.rollout.engine import EngineError
+from drpo_lightning.rollout.server_client import ServerError, ServerInfo, VLLMServer
+from drpo_lightning.rollout.server_loop import BackgroundLoop
+from drpo_lightning.rollout.server_nccl import NCCLSender
+from drpo_lightning.rollout.server_weights import NCCL_BACKEND, Bucket, buckets, update_message
+
+POLL_SECONDS = 1.0
+WATCH_SECONDS = 5.0
+"""Between two looks at the progress of a server."""
+
+
+class Fleet:
+    """The servers, as seen by one rank.
+
+    A server that fails is lost: it is asked for nothing until it has got weights again, at the next sync.
+
+    Args:
+        urls: of the servers.
+        headers: of every request.
+        device: the trainer's.
+        max_concurrency: most requests that one server has at the same time.
+        max_retries: times that a request is asked again.
+        generate_timeout_seconds: for all requests of one rollout.
+        stall_timeout_seconds: how long a server that has requests may compute nothing.
+        sync_timeout_seconds: for each step of a sync.
+
+    Attributes:
+        servers: in the order of `urls`.
+        num_lost: times that a server was lost.
+        num_retried: times that a request was asked again.
+        news: what has become of servers, in words, until somebody takes it from here.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        headers: dict[str, str],
+        *,
+        device: torch.device,
+        max_concurrency: int,
+        max_retries: int,
+        generate_timeout_seconds: float,
+        stall_timeout_seconds: float,
+        sync_timeout_seconds: float,
+    ) -> None:
+        self.num_lost = 0
+        self.num_retried = 0
+        self.news: list[str] = []
+        self._device = device
+        self._max_concurrency = max_concurrency
+        self._max_retries = max_retries
+        self._generate_timeout_seconds = generate_timeout_seconds
+        self._stall_timeout_seconds = stall_timeout_seconds
+        self._sync_timeout_seconds = sync_timeout_seconds
+        self._changed = asyncio.Condition()
+        self._senders: dict[VLLMServer, NCCLSender] = {}
+        self._loop = BackgroundLoop()
+        self._session = self._loop.run(_open_session())
+        self.servers = [VLLMServer(self._session, url, headers) for url in urls]
+        atexit.register(self.close)  # a program that forgets to would end with complaints about what is open
+
+    @property
+    def current(self) -> list[VLLMServer]:
+        """Those that have the newest weights and may be asked for samples."""
+        return [server for server in self.servers if server.is_current]
+
+    def close(self) -> None:
+        """Closes all connections. The servers go on, and wait for a trainer."""
+        atexit.unregister(self.close)
+        for sender in self._senders.values():
+            sender.close()
+        self._loop.run(self._session.close())
+        self._loop.close()
+
+    def connect(self, timeout_seconds: float, *, to_all: bool) -> ServerInfo:
+        """Waits until servers are ready, and says what holds for all: the smallest context, the largest block.
+
+        Args:
+            timeout_seconds: how long.
+            to_all: waits for each of them, and refuses the wrong settings of any; or else for one of them.
+
+        Raises:
+            EngineError: if it takes too long.
+            SettingError: if a server is set wrongly, or they differ in precision, or not in their seeds.
+        """
+        infos = self._loop.run(self._connect(timeout_seconds, to_all=to_all))
+        if len({info.dtype_name for info in infos}) > 1:
+            raise SettingError(f"the servers must have weights of one precision, got {[i.dtype_name for i in infos]}")
+        if len({info.seed for info in infos}) < len(infos):
+            raise SettingError(
+                f"the servers must draw different random numbers, got the seeds {[info.seed for info in infos]}; set "
+                "`--seed` of each, or start them with `drpo serve`, which draws one"
+            )
+        return infos[0]._replace(
+            context_tokens=min(info.context_tokens for info in infos),
+            cache_block_tokens=max(info.cache_block_tokens for info in infos),
+        )
+
+    async def _connect(self, timeout_seconds: float, *, to_all: bool) -> list[ServerInfo]:
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            infos, failures = _parted(await _outcomes(server.info(self._device) for server in self.servers))
+            if to_all and (wrong := [failure for failure in failures if isinstance(failure, SettingError)]):
+                raise wrong[0]
+            if infos and not (to_all and failures):
+                return infos
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"{len(failures)} of {len(self.servers)} rollout servers were not ready within "
+                    f"{timeout_seconds:g} s (`start_timeout_seconds`): {failures[0]}. Start them with `drpo serve`, or "
+                    "correct `urls`"
+                )
+            await asyncio.sleep(POLL_SECONDS)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: str, dtype_name: str) -> None:
+        """Sends weights to every server that can be reached, also to those that were lost.
+
+        Args:
+            weights: name and tensor of the whole state dict.
+            version: label that the servers give to what they sample from then on.
+            dtype_name: precision that each server must have.
+
+        Raises:
+            EngineError: if no server has them at the end.
+        """
+        seconds = self._sync_timeout_seconds
+        lost_before = [server for server in self.servers if server.failure]
+        for server in self.servers:
+            server.version = ""
+        ready = self._on_each(self.servers, partial(self._prepare, dtype_name=dtype_name))
+        by_http = [server for server in ready if server not in self._senders]
+        for bucket in buckets(weights, self._device if self._senders else torch.device("cpu")):
+            content = update_message(bucket, with_content=True) if by_http else b""
+            ready = self._on_each(ready, partial(self._update, bucket=bucket, content=content))
+        for server in self._on_each(ready, lambda server: server.finish_update(version, seconds)):
+            server.accept(version)
+            if server in lost_before:
+                self.news.append(f"{server} is back, and has the current weights")
+
+    def adopt(self, states: Sequence[tuple[str, str]]) -> None:
+        """Takes over the version and the failure of each server from the rank that has sent weights."""
+        for server, (version, failure) in zip(self.servers, states, strict=True):
+            server.version, server.failure = version, failure
+
+    def _on_each(
+        self, servers: Sequence[VLLMServer], step: Callable[[VLLMServer], Awaitable[None]]
+    ) -> list[VLLMServer]:
+        """Takes a step of a sync with servers at the same time; those that it has worked with."""
+        outcomes = self._loop.run(_outcomes(step(server) for server in servers))
+        for server, outcome in zip(servers, outcomes, strict=True):
+            if outcome is not None:
+                self._lose(server, outcome)
+        done = [server for server, outcome in zip(servers, outcomes, strict=True) if outcome is None]
+        if not done:
+            raise self._all_are_lost()
+        return done
+
+    async def _prepare(self, server: VLLMServer, dtype_name: str) -> None:
+        """Looks at a server as if for the first time, since it may have been started again, and begins an update."""
+        info = await server.info(self._device)
+        if info.dtype_name != dtype_name:
+            raise SettingError(f"{server} has weights in {info.dtype_name} instead of {dtype_name}")
+        if info.backend == NCCL_BACKEND:
+            await self._join(server, info)
+        await server.begin_update(self._sync_timeout_seconds)
+
+    async def _join(self, server: VLLMServer, info: ServerInfo) -> None:
+        """Forms an NCCL group with the workers of a server, unless there is one."""
+        if server in self._senders and self._senders[server].instance == info.instance:
+            return
+        self._drop_sender(server)
+        await server.ask("POST", "/shutdown_weight_transfer_engine")  # the group of an earlier trainer
+        sender = NCCLSender(self._device, info.num_workers, info.instance, self._sync_timeout_seconds)
+        self._senders[server] = sender
+
+        async def introduce() -> None:
+            init_info = await asyncio.to_thread(sender.init_info)
+            seconds = self._sync_timeout_seconds
+            await server.ask("POST", "/init_weight_transfer_engine", {"init_info": init_info}, timeout_seconds=seconds)
+
+        await asyncio.gather(_by_nccl(server, sender.join), introduce())
+
+    async def _update(self, server: VLLMServer, bucket: Bucket, content: bytes) -> None:
+        """Sends a bucket in the body of the request, or announces it and sends it by NCCL at the same time."""
+        if (sender := self._senders.get(server)) is None:
+            await server.update(content, self._sync_timeout_seconds)
+            return
+        announced = server.update(update_message(bucket, with_content=False), self._sync_timeout_seconds)
+        await asyncio.gather(announced, _by_nccl(server, sender.send, bucket))
+
+    def _drop_sender(self, server: VLLMServer) -> None:
+        if (sender := self._senders.pop(server, None)) is not None:
+            sender.close()
+
+    def _lose(self, server: VLLMServer, failure: object) -> None:
+        """Leaves a server alone until the next sync."""
+        if not server.failure:
+            self.num_lost += 1
+            self.news.append(f"{failure}. The server is left alone until the next sync, and others are asked instead")
+        self._drop_sender(server)
+        server.leave(str(failure) or repr(failure))
+
+    def _all_are_lost(self) -> EngineError:
+        reasons = "; ".join(dict.fromkeys(server.failure for server in self.servers))
+        return EngineError(f"no rollout server is left: {reasons}. Start them again with `drpo serve`")
+
+    def generate(self, messages: Sequence[dict[str, Any]], num_topk: int) -> list[list[Completion]]:
+        """The completions of each prompt.
+
+        Args:
+            messages: what the servers are asked, see `generate_message`.
+            num_topk: most likely tokens that are asked for at each place.
+
+        Raises:
+            EngineError: if no server is left, it takes too long, or a request fails again and again.
+            SettingError: if a server refuses a request.
+        """
+        return self._loop.run(self._generate(messages, num_topk))
+
+    async def _generate(self, messages: Sequence[dict[str, Any]], num_topk: int) -> list[list[Completion]]:
+        answers = [asyncio.ensure_future(self._answer(message, num_topk)) for message in messages]
+        watchers = [asyncio.ensure_future(self._watch(server)) for server in self.current]
+        try:
+            async with asyncio.timeout(self._generate_timeout_seconds):
+                return list(await asyncio.gather(*answers))
+        except TimeoutError as error:
+            raise EngineError(
+                f"the servers did not sample a rollout within {self._generate_timeout_seconds:g} s "
+                "(`generate_timeout_seconds`)"
+            ) from error
+        finally:
+            for task in (*answers, *watchers):
+                task.cancel()
+            await asyncio.gather(*answers, *watchers, return_exceptions=True)
+
+    async def _answer(self, message: dict[str, Any], num_topk: int) -> list[Completion]:
+        """The completions of one prompt, by whichever server gives them."""
+        failure = ""
+        for number in range(self._max_retries + 1):
+            server = await self._least_busy()
+            self.num_retried += number > 0
+            task = asyncio.ensure_future(server.generate(message, num_topk))
+            server.tasks.add(task)
+            try:
+                await asyncio.wait({task})
+            finally:
+                task.cancel()
+                server.tasks.discard(task)
+                async with self._changed:
+                    self._changed.notify_all()
+            if not task.cancelled():
+                error = task.exception()
+                if error is None:
+                    return task.result()
+                if not isinstance(error, ServerError):
+                    raise error
+                await self._examine(server, error)
+                failure = str(error)
+            else:
+                failure = server.failure
+        raise EngineError(f"a request failed {self._max_retries + 1} times (`max_retries`); at last: {failure}")
+
+    async def _least_busy(self) -> VLLMServer:
+        """A server with room for a request; waits for one."""
+
+        def free() -> VLLMServer | None:
+            with_room = (server for server in self.current if len(server.tasks) < self._max_concurrency)
+            return min(with_room, key=lambda server: len(server.tasks), default=None)
+
+        async with self._changed:
+            await self._changed.wait_for(lambda: free() is not None or not self.current)
+            if (server := free()) is None:
+                raise self._all_are_lost()
+            return server
+
+    async def _examine(self, server: VLLMServer, failure: ServerError) -> None:
+        """After a failed request: a server that is not well, or has other weights, is lost."""
+        try:
+            await server.check_version(server.version)
+        except (ServerError, SettingError):
+            self._lose(server, failure)
+
+    async def _watch(self, server: VLLMServer) -> None:
+        """Loses a server that has requests and computes nothing."""
+        progress, since = -1.0, time.monotonic()
+        while server.is_current:
+            await asyncio.sleep(min(WATCH_SECONDS, self._stall_timeout_seconds / 4))
+            try:
+                found = await server.progress()
+            except (ServerError, SettingError):
+                found = progress  # if it is gone, its requests say so themselves
+            if found != progress or not server.tasks:
+                progress, since = found, time.monotonic()
+            elif time.monotonic() - since > self._stall_timeout_seconds:
+                seconds = self._stall_timeout_seconds
+                self._lose(server, f"{server} made no progress for {seconds:g} s (`stall_timeout_seconds`)")
+
+
+async def _open_session() -> aiohttp.ClientSession:
+    """A connection for each request; certificates are checked, and proxies not used."""
+    # vLLM closes a connection after an error without saying so: the next request on it would be lost.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True, ssl=ssl.create_default_context())
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+
+
+async def _by_nccl(server: VLLMServer, step: Callable[..., None], *args: Any) -> None:  # noqa: ANN401
+    """Takes a step of a transfer in a thread of its own, since it waits for the server's workers."""
+    try:
+        await asyncio.to_thread(step, *args)
+    except RuntimeError as error:
+        raise ServerError(f"{server} could not be sent weights by NCCL: {error}") from error
+
+
+async def _outcomes(steps: Iterable[Awaitable[Any]]) -> list[Any]:
+    """The result of each, or how it failed; what is no failure of a server is raised."""
+    outcomes = await asyncio.gather(*steps, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException) and not isinstance(outcome, ServerError | SettingError):
+            raise outcome
+    return outcomes
+
+
+def _parted(outcomes: Sequence[Any]) -> tuple[list[ServerInfo], list[Exception]]:
+    """What servers have said of themselves, and how others have failed."""
+    failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    return [outcome for outcome in outcomes if isinstance(outcome, ServerInfo)], failures

@@ -1,0 +1,123 @@
+"""Ranks that use the same servers: real processes, talking by gloo."""
+
+import warnings
+
+import pytest
+import torch
+
+from drpo_lightning.batch import Sampling
+from drpo_lightning.rollout import EngineError, NodeEngine, VLLMServerEngine
+from tests.rollout.ranks import WORLD, Ranks
+from tests.rollout.test_server import doubles  # noqa: F401 - a fixture
+
+PROMPTS = [[5, 6], [7], [8, 9, 10], [11]]
+SHARES = ([0, 3], [1], [])
+"""Which of `PROMPTS` each rank asks for."""
+STATE = {}
+"""Of a rank."""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    started = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.close()
+
+
+def rank():
+    return torch.distributed.get_rank()
+
+
+def start(urls, settings=()):
+    """Makes and starts an engine in each rank."""
+    if "engine" in STATE:
+        STATE["engine"].close()
+    STATE["engine"] = engine = VLLMServerEngine(urls, start_timeout_seconds=0.1, **dict(settings))
+    engine.start("model", device=torch.device("cpu"), num_ranks=WORLD, seed=rank())
+    return engine.dtype_name
+
+
+def load():
+    """Loads weights; how many of them this rank took."""
+    STATE["taken"] = 0
+
+    def weights():
+        for name in ("a", "b"):
+            STATE["taken"] += 1
+            yield name, torch.ones(3)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        STATE["engine"].load_weights(weights())
+    return taken()
+
+
+def taken():
+    return STATE["taken"]
+
+
+def generate():
+    """The tokens of this rank's share."""
+    share = SHARES[rank()]
+    groups = STATE["engine"].generate(
+        [PROMPTS[i] for i in share],
+        Sampling(max_tokens=2),
+        num_samples=2,
+        stop_token_ids=[1],
+        seeds=[100 + i for i in share],
+    )
+    return [[completion.token_ids for completion in group] for group in groups]
+
+
+def statistics():
+    return STATE["engine"].statistics
+
+
+def test_each_rank_gets_its_share_and_the_weights_are_sent_once(ranks, doubles):  # noqa: F811
+    assert ranks(start, [server.url for server in doubles]) == ["float32"] * WORLD
+    assert ranks(load) == [2] * WORLD
+    assert ranks(generate) == [
+        [[[(100 + i + n + place) % 50 + 2 for place in range(2)] for n in range(2)] for i in share] for share in SHARES
+    ]
+    for server in doubles:
+        assert [path for path, _ in server.requests].count("/finish_weight_update") == 1
+        assert set(server.versions) <= {server.version}
+
+
+def test_a_failure_of_one_rank_is_raised_on_each_and_they_go_on_together(ranks, doubles):  # noqa: F811
+    ranks(start, [server.url for server in doubles], {"max_retries": 0})
+    ranks(load)
+    left = [1]
+
+    def fail_once(handler, path):
+        return path == "/inference/v1/generate" and left and (left.pop(), handler.say("no", 500))
+
+    doubles[0].misbehave = fail_once
+    failures = ranks(generate)
+    assert all(isinstance(failure, EngineError) for failure in failures)
+    assert all("failed 1 times" in str(failure) for failure in failures)
+    assert [str(failure).startswith("rank ") for failure in failures].count(False) == 1
+    assert ranks(load) == [2] * WORLD
+    assert [len(groups) for groups in ranks(generate)] == [len(share) for share in SHARES]
+
+
+def test_ranks_that_lose_no_server_learn_in_the_sync_who_is_lost(ranks, doubles):  # noqa: F811
+    ranks(start, [server.url for server in doubles])
+    doubles[1].misbehave = lambda handler, path: path == "/update_weights" and (handler.say("no", 500) or True)
+    assert ranks(load) == [2] * WORLD
+    assert [found["servers"] for found in ranks(statistics)] == [1] * WORLD
+    ranks(generate)
+    assert not doubles[1].versions
+
+
+def test_a_sync_that_fails_takes_the_weights_of_every_rank_to_their_end(ranks, doubles):  # noqa: F811
+    ranks(start, [server.url for server in doubles])
+    for server in doubles:
+        server.misbehave = lambda handler, path: path == "/update_weights" and (handler.say("no", 500) or True)
+    assert all("no rollout server is left" in str(failure) for failure in ranks(load))
+    assert ranks(taken) == [2] * WORLD
+
+
+def test_it_is_not_for_node_engine():
+    with pytest.raises(ValueError, match="`VLLMServerEngine` is shared by all ranks already"):
+        NodeEngine(VLLMServerEngine(["http://127.0.0.1:8000"]))

@@ -1,0 +1,174 @@
+"""A small HTTP server that talks as vLLM 0.32 does, and misbehaves as it is told."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from drpo_lightning.rollout.server_weights import HTTP_BACKEND, unpacked
+
+CONFIG = {
+    "model_config": {
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "override_generation_config": {},
+        "logits_processors": None,
+        "max_logprobs": -1,
+        "max_model_len": 64,
+        "quantization": None,
+        "dtype": "torch.float32",
+    },
+    "cache_config": {"block_size": 128, "enable_prefix_caching": True},
+    "weight_transfer_config": {"backend": HTTP_BACKEND},
+    "instance_id": "abcde",
+}
+
+
+class Double(ThreadingHTTPServer):
+    """Samples tokens that follow from the seed, under a version of the weights as vLLM keeps it.
+
+    Args:
+        config: what `/server_info` says.
+        port: where it listens.
+
+    Attributes:
+        misbehave: called with the handler and the path of every request; True if it has answered.
+        requests: path and headers of each.
+        versions: of the weights, at each prompt.
+        weights: what it has been sent.
+        most_active: most prompts that it has had at the same time.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = True
+    request_queue_size = 128
+
+    def __init__(self, config=CONFIG, port=0):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.config = json.loads(json.dumps(config))
+        self.config["model_config"]["seed"] = self.server_port
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.misbehave = lambda handler, path: False
+        self.seconds = 0.0
+        self.version = "default"
+        self.is_open = self.is_paused = False
+        self.weights, self.requests, self.versions = {}, [], []
+        self.num_tokens = self.active = self.most_active = 0
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        """A client that hangs up is none of ours."""
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def say(self, content, status=200, **headers):
+        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.meet()
+
+    def do_POST(self):
+        self.meet()
+
+    def meet(self):
+        server, path = self.server, self.path.partition("?")[0]
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = json.loads(data) if data else {}
+        with server.lock:
+            server.requests.append((path, dict(self.headers)))
+        if not server.misbehave(self, path):
+            getattr(self, path.strip("/").replace("/", "_"))(server, body)
+
+    def health(self, server, body):
+        self.say("")
+
+    def metrics(self, server, body):
+        self.say(f'# HELP\nvllm:generation_tokens_total{{engine="0"}} {float(server.num_tokens)}\n')
+
+    def server_info(self, server, body):
+        self.say({"vllm_config": server.config})
+
+    def get_world_size(self, server, body):
+        self.say({"world_size": 1})
+
+    def weight_info(self, server, body):
+        self.say({"weight_version": server.version})
+
+    def pause(self, server, body):
+        server.is_paused = True
+        self.say({})
+
+    def start_weight_update(self, server, body):
+        if server.is_open:
+            self.say("already active", 500)
+        else:
+            server.is_open = True
+            self.say({})
+
+    def update_weights(self, server, body):
+        assert server.is_open
+        assert server.is_paused
+        server.weights |= dict(unpacked(**body["update_info"]))
+        self.say({})
+
+    def finish_weight_update(self, server, body):
+        server.is_open = False
+        server.version = body.get("weight_version") or server.version
+        self.say({})
+
+    def reset_prefix_cache(self, server, body):
+        self.say({"success": True})
+
+    def resume(self, server, body):
+        server.is_paused = False
+        self.say({})
+
+    def inference_v1_abort_requests(self, server, body):
+        self.say("")
+
+    def inference_v1_generate(self, server, body):
+        assert not server.is_paused
+        with server.lock:
+            server.active += 1
+            server.most_active = max(server.active, server.most_active)
+        time.sleep(server.seconds)
+        answer = answer_to(body, server.version)
+        with server.lock:
+            server.active -= 1
+            server.versions.append(server.version)
+            server.num_tokens += 1
+        self.say(answer)
+
+
+def answer_to(message, version):
+    """Completions that follow from the seed alone."""
+    parameters = message["sampling_params"]
+    choices = []
+    for index in reversed(range(parameters["n"])):
+        token_ids = [(parameters["seed"] + index + place) % 50 + 2 for place in range(parameters["max_tokens"])]
+        content = [{"token_id": token, "logprob": -token / 7, "rank": 1, "top_logprobs": []} for token in token_ids]
+        spans = [{"version": version, "start": 0, "end": len(token_ids)}]
+        choices.append(
+            {
+                "index": index,
+                "finish_reason": "length",
+                "token_ids": token_ids,
+                "weight_versions": spans,
+                "logprobs": {"content": content},
+            }
+        )
+    return {"prompt_token_ids": message["token_ids"], "choices": choices}
