@@ -1,7 +1,9 @@
 # make quickstart   sets everything up, trains the small model, says how to look at the result
 # make test         sets everything up if needed, checks style and types, runs the tests
 # make test-browser opens TensorBoard and the report in headless Chromium, keeps pictures of them in docs/
-# make test-reliability kills runs and engines, fuzzes configurations: some minutes
+# make test-docs    builds the documentation's site, runs the examples and the documentation's commands
+# make test-reliability kills runs, engines and servers, fills disks, fuzzes configurations: most of an hour
+# make soak         trains for an hour and counts memory, handles, threads, processes and the logs' size
 # make audit        looks the locked packages up in the Python Packaging Advisory Database
 # make gpu          runs the tests that need a CUDA GPU
 # make study        makes the study's runs that are not in study/results.jsonl yet, and docs/study.md from them
@@ -9,7 +11,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup quickstart test test-browser test-reliability audit lint types unit gpu study study-smoke format lock
+.PHONY: help setup quickstart test test-docs test-browser test-reliability soak audit lint types unit gpu study study-smoke format lock
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -33,7 +35,11 @@ gpu: setup
 	@$(RUN) -m pytest -m gpu
 
 unit: setup
-	@$(RUN) -m pytest -m "not gpu and not browser and not reliability"
+	@$(RUN) -m pytest -m "not gpu and not browser and not reliability and not docs"
+
+test-docs: setup
+	@$(RUN) -m pip install -q "mkdocs-material>=9.8" "mkdocstrings[python]>=1.0"
+	@$(RUN) -m pytest -m docs tests/test_docs.py tests/test_examples.py
 
 test-browser: setup
 	@$(RUN) -m pip install -q "selenium>=4.30"
@@ -41,6 +47,9 @@ test-browser: setup
 
 test-reliability: setup
 	@$(RUN) -m pytest -m reliability
+
+soak: setup
+	@$(RUN) benchmarks/soak.py
 
 audit: setup
 	@$(RUN) -m pip install -q "pip-audit>=2.9"

@@ -1,6 +1,7 @@
 """The policy as a Hugging Face folder, from weights or from a checkpoint: `drpo export`."""
 
 import pickle
+import sys
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from drpo_lightning.checkpoints import CHECKSUMS, verify_checkpoint
+from drpo_lightning.disk import DiskFullError, check_writable, whole_files
+from drpo_lightning.hub import make_repository, upload
+from drpo_lightning.model_card import public_name, write_card
 from drpo_lightning.modules.lora import LoRA, merge_saved_adapters
 from drpo_lightning.rollout.adapters import adapter_weights, write_adapter
 
@@ -47,6 +52,7 @@ def write_model(
 
     Raises:
         ValueError: if the weights are not those of the model, or the folder holds adapters.
+        DiskFullError: if there is no room; what the folder held stays.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -64,8 +70,17 @@ def write_model(
         language_model.generation_config = GenerationConfig.from_pretrained(model)
     except OSError:  # not every model has one
         language_model.generation_config = None
-    language_model.save_pretrained(folder, state_dict=_tied(weights, language_model))
-    AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code).save_pretrained(folder)
+    with whole_files(Path(folder)) as unfinished:
+        language_model.save_pretrained(unfinished, state_dict=_tied(weights, language_model))
+        AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code).save_pretrained(unfinished)
+        _remove_other_shards(Path(folder), unfinished)
+
+
+def _remove_other_shards(folder: Path, written: Path) -> None:
+    """Removes weights of a model that was in the folder, which the new one has no files of the same names for."""
+    for path in folder.glob("model*.safetensors*"):
+        if not (written / path.name).exists():
+            path.unlink()
 
 
 def _tied(weights: Mapping[str, Tensor], language_model: torch.nn.Module) -> dict[str, Tensor]:
@@ -110,7 +125,8 @@ class PolicyState(NamedTuple):
     """What a checkpoint holds of a policy.
 
     Attributes:
-        policy: what `PolicyModule.on_save_checkpoint` notes, with the name of the model that was trained.
+        policy: what `PolicyModule.on_save_checkpoint` notes, with the name of the model that was trained, and under
+            `training` what `ExportPolicy` notes of the training, or the number of updates alone.
         weights: tensors of the language model by their names in it.
     """
 
@@ -126,7 +142,7 @@ def read_checkpoint(checkpoint: str | Path, *, dtype: str | None = None) -> Poli
         dtype: precision to read into; by default as saved.
 
     Raises:
-        ValueError: if it does not exist, is incomplete or holds no policy.
+        ValueError: if it does not exist, is incomplete, has changed since it was written, or holds no policy.
     """
     path = Path(checkpoint)
     read = _read_folder if path.is_dir() else _read_file
@@ -143,9 +159,10 @@ def _read_file(path: Path, dtype: torch.dtype | None) -> PolicyState:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Loads a file, memory-mapped: what is not used, such as states of the optimizer, is not read."""
+    """Verifies and loads a file, memory-mapped: states of the optimizer take no memory."""
     if not zipfile.is_zipfile(path):
         raise ValueError(f"the checkpoint {str(path)!r} is cut off, or no file that PyTorch has saved")
+    verify_checkpoint(path)
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return content
 
@@ -153,7 +170,9 @@ def _load(path: Path) -> dict[str, Any]:
 def _policy(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     if "policy" not in content:
         raise ValueError(f"the checkpoint {str(path)!r} holds no policy: it was not written by `drpo fit`")
-    return dict(content["policy"])
+    known = {"base_model": public_name(content["policy"]["model"])}
+    known |= {"updates": content["global_step"]} if "global_step" in content else {}
+    return {**content["policy"], "training": content.get("training", known)}
 
 
 def _read_folder(path: Path, dtype: torch.dtype | None) -> PolicyState:
@@ -161,6 +180,8 @@ def _read_folder(path: Path, dtype: torch.dtype | None) -> PolicyState:
     for name in (".metadata", "meta.pt"):
         if not (path / name).is_file():
             raise ValueError(f"the checkpoint {str(path)!r} has no {name}: it is no folder of shards, or half of one")
+    if (path / CHECKSUMS).exists():  # Lightning's own `ModelCheckpoint` writes none
+        verify_checkpoint(path)
     policy = _policy(path, _load(path / "meta.pt"))
     reader = _ShardReader(path)
     metadata = reader.read_metadata()
@@ -252,9 +273,11 @@ def export_checkpoint(
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        ValueError: if the checkpoint does not exist, is incomplete or holds no policy, or no adapters where they are
-            asked for.
+        ValueError: if the checkpoint does not exist, is damaged or holds no policy, or no adapters where they are
+            asked for; or if the folder cannot be written to.
+        DiskFullError: if there is no room; what the folder held stays.
     """
+    check_writable(Path(folder), "the folder to write")
     state = read_checkpoint(checkpoint, dtype=dtype)
     model, weights = state.policy["model"], state.weights
     settings = None if state.policy.get("peft") is None else LoRA(**state.policy["peft"])
@@ -270,6 +293,7 @@ def export_checkpoint(
             weights = {name: tensor.to(export_dtype(dtype) or tensor.dtype) for name, tensor in merged.items()}
         write_model(model, weights, folder, trust_remote_code=trust_remote_code)
     check_exported(folder, weights)
+    write_card(Path(folder), state.policy["training"], is_adapter=adapter)
 
 
 def main(arguments: list[str]) -> None:
@@ -284,8 +308,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dtype", type=str | None, default=None, help="precision to write, such as bfloat16")
     parser.add_argument("--adapter", type=bool, default=False, help="write the LoRA adapters alone, as PEFT's folder")
     parser.add_argument("--trust_remote_code", type=bool, default=False, help="run code that comes with the model")
+    parser.add_argument(
+        "--push_to_hub", type=str | None, default=None, help="repository on the Hugging Face hub, owner/name"
+    )
+    parser.add_argument("--private", type=bool, default=True, help="make that repository a private one")
     config = parser.parse_args(arguments)
     try:
+        if config.push_to_hub:
+            make_repository(config.push_to_hub, private=config.private)
         export_checkpoint(
             config.ckpt,
             config.out,
@@ -295,4 +325,11 @@ def main(arguments: list[str]) -> None:
         )
     except ValueError as error:
         parser.error(str(error))
+    except DiskFullError as error:
+        sys.exit(f"drpo export: error: {error}")
     print(f"Policy exported to {config.out}")  # noqa: T201
+    if config.push_to_hub:
+        try:
+            print(f"Policy uploaded to {upload(config.out, config.push_to_hub)}")  # noqa: T201
+        except RuntimeError as error:
+            sys.exit(f"drpo export: error: {error}")

@@ -13,6 +13,16 @@ def log_interval(trainer: "Trainer") -> int:
     return int(trainer.log_every_n_steps) or sys.maxsize  # type: ignore[attr-defined]
 
 
+def updates_completed(trainer: "Trainer", pl_module: "LightningModule") -> int:
+    """Optimizer steps that the weights have behind them.
+
+    `trainer.validate` does not restore the trainer's own count: there it is that of the checkpoint, 0 without one.
+    """
+    if trainer.state.fn != "validate":
+        return int(trainer.global_step)
+    return int(getattr(pl_module, "checkpoint_step", 0))
+
+
 def log_metrics(
     trainer: "Trainer", pl_module: "LightningModule", metrics: Mapping[str, float], *, is_epoch_end: bool = False
 ) -> None:

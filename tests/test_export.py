@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM
 
+from drpo_lightning.checkpoints import _checksum, _write_checksums
 from drpo_lightning.export import check_exported, export_checkpoint, main, read_checkpoint, write_model
 from drpo_lightning.rollout.adapters import write_adapter
 
@@ -169,3 +170,30 @@ def test_every_exported_tensor_is_compared(trained, model_folder, tmp_path, name
 def test_a_dtype_that_is_not_exported_is_named(trained):
     with pytest.raises(ValueError, match=r"`dtype`.*'bfloat61'"):
         read_checkpoint(trained[1], dtype="bfloat61")
+
+
+def flip_a_bit(path, place=0.5):
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_checkpoint_that_has_changed_since_it_was_written_is_not_exported(trained, tmp_path, capsys):
+    _, path = trained
+    flip_a_bit(path)
+    with pytest.raises(ValueError, match=r"run\.ckpt' is corrupt: its record '.*' has another checksum"):
+        export_checkpoint(path, tmp_path / "out")
+    with pytest.raises(SystemExit) as ended:
+        main(["--ckpt", str(path), "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert "has another checksum" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_shard_that_has_changed_since_it_was_written_is_not_exported(shards, tmp_path):
+    folder = shards("state_dict")
+    _write_checksums(folder, {path.name: _checksum(path) for path in folder.iterdir()})
+    read_checkpoint(folder)
+    flip_a_bit(folder / "__0_0.distcp")
+    with pytest.raises(ValueError, match=r"shards\.ckpt' is corrupt: its __0_0\.distcp has another checksum"):
+        export_checkpoint(folder, tmp_path / "out")

@@ -10,6 +10,7 @@ import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from drpo_lightning.batch import Rollout, ValidationBatch
+from drpo_lightning.logs import updates_completed
 from drpo_lightning.rollout.hooks import RolloutHooks
 
 
@@ -39,7 +40,7 @@ class SampleWriter(Callback, RolloutHooks):
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,  # noqa: ARG002
+        pl_module: LightningModule,
         outputs: Any,  # noqa: ANN401, ARG002 - Lightning's signature
         batch: ValidationBatch,
         batch_idx: int,  # noqa: ARG002
@@ -47,7 +48,7 @@ class SampleWriter(Callback, RolloutHooks):
     ) -> None:
         """Writes the validation. Collective."""
         if self.validation:
-            self._write(trainer, batch.rollout, f"validation-{trainer.global_step:06d}.jsonl")
+            self._write(trainer, batch.rollout, f"validation-{updates_completed(trainer, pl_module):06d}.jsonl")
 
     def _write(self, trainer: Trainer, rollout: Rollout, name: str) -> None:
         """Writes the samples of all ranks in one file, on rank 0."""

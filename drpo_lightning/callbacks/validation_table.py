@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from drpo_lightning.callbacks.tensorboard import markdown_cell, tensorboard_writers
 from drpo_lightning.console import figure, print_table
+from drpo_lightning.logs import updates_completed
 
 ALL = "all"
 TITLES = {
@@ -34,7 +35,7 @@ class ValidationTable(Callback):
             raise ValueError(f"`max_rows` must be at least 1, got {max_rows}")
         self.max_rows = max_rows
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows the table on rank 0."""
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero or not datamodule.num_val_prompts:
@@ -43,12 +44,12 @@ class ValidationTable(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         header, rows = validation_table(sizes, metrics)
         left_out = len(rows) - self.max_rows - 1
-        title = f"Held-out prompts after {trainer.global_step} updates"
+        title = f"Held-out prompts after {updates_completed(trainer, pl_module)} updates"
         print_table(
             title + (f" ({left_out} subsets left out)" if left_out > 0 else ""), header, rows[: self.max_rows + 1]
         )
         for writer in tensorboard_writers(trainer):
-            writer.add_text("validation", _markdown(header, rows), trainer.global_step)
+            writer.add_text("validation", _markdown(header, rows), updates_completed(trainer, pl_module))
 
 
 def validation_table(sizes: Mapping[str, int], metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:

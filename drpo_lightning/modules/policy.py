@@ -142,6 +142,8 @@ class PolicyModule(EngineSide):
         self.logprob_chunk_size = logprob_chunk_size
         self.trust_remote_code = trust_remote_code
         self.validation_statistics = ValidationStatistics(pass_threshold)
+        self.checkpoint_step = 0
+        """Optimizer steps behind the checkpoint that was loaded."""
         self._subset_statistics: dict[str, ValidationStatistics] = {}
         self.network: PolicyNetwork | None = None
         self.reference_model: ReferenceModel | None = None
@@ -365,6 +367,7 @@ class PolicyModule(EngineSide):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks the adapters; lets the data module put Lightning's progress to where its rollout goes on."""
         check_adapter_settings(self.peft, checkpoint.get("policy", {}).get("peft"))
+        self.checkpoint_step = int(checkpoint.get("global_step", 0))
         if "non_finite" in checkpoint:
             self._non_finite.load_state_dict(checkpoint["non_finite"])
         if (align_progress := getattr(self.trainer.datamodule, "align_progress", None)) is not None:  # type: ignore[attr-defined]

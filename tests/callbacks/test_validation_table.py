@@ -90,3 +90,14 @@ def test_without_validation_nothing_is_shown(make_run, capsys):
 def test_settings_out_of_range_are_refused(callback, settings):
     with pytest.raises(ValueError, match=f"`{next(iter(settings))}` must be"):
         callback(**settings)
+
+
+def test_a_checkpoint_that_is_validated_has_the_updates_of_its_run(make_run, tmp_path, capsys):
+    data = {"val_prompts": TwoSets(), "val_num_samples": 1}
+    trained = make_run(trainer={"max_epochs": 2, "limit_val_batches": 0}, data=data)
+    trained.fit()
+    trained.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    run = make_run(ValidationTable(), SampleWriter(), data=data)
+    run.trainer.validate(run.module, run.data, ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=True)
+    assert "Held-out prompts after 4 updates" in capsys.readouterr().out
+    assert (tmp_path / "samples" / "validation-000004.jsonl").is_file()
