@@ -39,7 +39,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
     if command in OF_LIGHTNING:
-        if "--verbose" not in arguments:
+        if not any(argument.startswith("--verbose") for argument in arguments):
             import_module("drpo_lightning.noise").quieten()
         import_module("drpo_lightning.cli").main()
     elif command in COMMANDS:

@@ -1,13 +1,16 @@
 """`drpo fit` and `drpo validate`: Lightning's command line over our module and data module."""
 
 import sys
+import traceback
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from inspect import signature
 from typing import Any
 
 from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -21,6 +24,7 @@ from drpo_lightning.errors import SettingError
 from drpo_lightning.modules import PolicyModule
 from drpo_lightning.output_folders import claim_log_folders, claim_output_folders
 from drpo_lightning.resume import checkpoint_folders, checkpoint_to_resume, go_on_as_its_run
+from drpo_lightning.rewards import RewardError
 from drpo_lightning.saved_config import SaveUnresolvedConfig, note_interpolations
 
 TRAINER_DEFAULTS = {
@@ -60,11 +64,17 @@ class DRPOCommandLine(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule"},
         }
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:  # noqa: ANN401
+        """A parser whose errors are one message; Lightning's stand below a page of options."""
+        parser = super().init_parser(**kwargs)
+        parser.print_usage = lambda *_: None  # type: ignore[method-assign]
+        return parser
+
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:  # noqa: ANN401
         """Adds `--verbose` to `fit`; `validate` has Lightning's, which is for where our own table is not asked for."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
-            parser.add_argument("--verbose", action="store_true", help="print every metric of every rollout")
+            parser.add_argument("--verbose", type=bool, default=False, help="print every metric of every rollout")
         else:
             parser.set_defaults({"verbose": False})
         return parser
@@ -176,8 +186,18 @@ def _imported(path: str) -> Any:  # noqa: ANN401
     return getattr(import_module(module), name)
 
 
+def with_values_of_flags(arguments: Sequence[str]) -> list[str]:
+    """A command line on which `--verbose` alone means `--verbose=true`."""
+    following = [*arguments[1:], ""]
+    return [
+        "--verbose=true" if argument == "--verbose" and after.lower() not in ("true", "false") else argument
+        for argument, after in zip(arguments, following, strict=False)
+    ]
+
+
 def main() -> None:
     """Runs the subcommand in `sys.argv`."""
+    sys.argv = [*sys.argv[:1], *with_values_of_flags(sys.argv[1:])]
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     note_interpolations()
     try:
@@ -186,14 +206,18 @@ def main() -> None:
                 PolicyModule,
                 RolloutDataModule,
                 held=held,
-                parser_kwargs={"parser_mode": "omegaconf+"},
+                parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
                 save_config_callback=SaveUnresolvedConfig,
                 save_config_kwargs={"overwrite": True},
                 trainer_defaults=TRAINER_DEFAULTS,
                 auto_configure_optimizers=False,
                 seed_everything_default=0,
             )
-    except (SettingError, DiskFullError) as error:
+    except (SettingError, DiskFullError, MisconfigurationException) as error:
+        sys.exit(f"drpo: error: {error}")
+    except RewardError as error:
+        if error.__cause__ is not None:  # where in the reward
+            traceback.print_exception(error.__cause__)
         sys.exit(f"drpo: error: {error}")
     except Terminated as error:
         sys.exit(error.exit_code)

@@ -30,10 +30,18 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(header):
         is_text = i < num_texts
-        table.add_column(escape(name), justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+        table.add_column(
+            escape(name),
+            justify="left" if is_text else "right",
+            no_wrap=not is_text or num_texts == 1,
+            overflow="fold",
+        )
     for row in rows:
         table.add_row(*map(escape, row))
-    console().print(table)
+    screen = console()
+    if num_texts == 1:  # wider than the screen it is folded by the terminal, and loses nothing
+        screen.width = max(screen.width, screen.measure(table, options=screen.options.update(width=10_000)).maximum)
+    screen.print(table, crop=False)
 
 
 def figure(value: float | None) -> str:

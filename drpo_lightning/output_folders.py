@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -14,6 +15,9 @@ from drpo_lightning.callbacks import ExportPolicy, TokenExport
 from drpo_lightning.disk import DiskFullError, check_writable, named_failure, why_no_room, why_no_room_at
 from drpo_lightning.errors import SettingError
 from drpo_lightning.folder_lock import FolderInUseError, locked
+
+LEFT_BY_A_START = ("events.out.tfevents.*", "hparams.yaml", "config.yaml")
+"""What Lightning writes before a setting may be refused."""
 
 
 class Output(NamedTuple):
@@ -86,8 +90,17 @@ def _choose_version(logger: TensorBoardLogger | CSVLogger, setting: str, held: E
                 raise SettingError(f"{setting}: {str(folder)!r} is a file; move it away") from None
             logger._version = None  # Lightning has no other way to let it choose again
         else:
-            held.callback(_remove_if_empty, folder)
+            held.push(partial(_remove_if_refused, folder))
             return
+
+
+def _remove_if_refused(folder: Path, failure: type[BaseException] | None, *_: Any) -> None:  # noqa: ANN401
+    """Removes what a run that was refused at its start has left: a folder with nothing of a run in it."""
+    left = {path for pattern in LEFT_BY_A_START for path in folder.glob(pattern)}
+    if failure is not None and issubclass(failure, SettingError) and left == set(folder.iterdir()):
+        for path in left:
+            path.unlink()
+    _remove_if_empty(folder)
 
 
 def _remove_if_empty(folder: Path) -> None:

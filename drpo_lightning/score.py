@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -33,10 +34,12 @@ class Settings(NamedTuple):
     Attributes:
         rewards: the rewards among its callbacks.
         tokenizer: folder or hub name of the policy.
+        trust_remote_code: whether code that comes with the tokenizer may run.
     """
 
     rewards: "list[Reward]"
     tokenizer: str
+    trust_remote_code: bool
 
 
 def read_settings(arguments: list[str]) -> Settings:
@@ -60,7 +63,8 @@ def read_settings(arguments: list[str]) -> Settings:
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             super().add_arguments_to_parser(parser)
-            parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))  # of a saved one
+            # What else stands in a saved configuration: `validate` has the options of `fit`, and `verbose`.
+            parser.add_method_arguments(Trainer, "validate", skip=set(self.subcommands()["validate"]))
 
         def instantiate_classes(self) -> None:
             pass
@@ -78,7 +82,7 @@ def read_settings(arguments: list[str]) -> Settings:
             args=arguments,
             run=False,
         ).config
-    return Settings(_rewards(config.trainer.callbacks), config.model.model)
+    return Settings(_rewards(config.trainer.callbacks), config.model.model, config.model.trust_remote_code)
 
 
 def _rewards(callbacks: Any) -> "list[Reward]":  # noqa: ANN401
@@ -101,13 +105,14 @@ def _rewards(callbacks: Any) -> "list[Reward]":  # noqa: ANN401
     return rewards
 
 
-def read_samples(file: str, tokenizer_name: str) -> "RewardBatch":
+def read_samples(file: str, tokenizer_name: str, *, trust_remote_code: bool = False) -> "RewardBatch":
     """Reads a file of completions, see `DESCRIPTION`.
 
     Args:
         file: JSONL, CSV or Parquet, as `FilePrompts` reads it.
         tokenizer_name: folder or hub name of a tokenizer, which is loaded if a row has no token ids, or a chat for a
             prompt.
+        trust_remote_code: whether code that comes with it may run.
 
     Raises:
         SettingError: if the file cannot be read, a row has no completion, or the tokenizer is missing.
@@ -122,7 +127,7 @@ def read_samples(file: str, tokenizer_name: str) -> "RewardBatch":
         if row.setdefault("finish_reason", "stop") not in ("stop", "length"):
             raise SettingError(f"{file}, row {i}: `finish_reason` must be stop or length, got {row['finish_reason']!r}")
     if any("completion_ids" not in row or not isinstance(row["prompt"], str) for row in rows):
-        _tokenize(rows, tokenizer_name)
+        _tokenize(rows, tokenizer_name, trust_remote_code=trust_remote_code)
     columns = [_columns(row) for row in rows]
     names = sorted(set().union(*columns))
     return RewardBatch(
@@ -141,12 +146,12 @@ def _columns(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: value for name, value in row.items() if name not in SAMPLE_KEYS}
 
 
-def _tokenize(rows: list[dict[str, Any]], name: str) -> None:
+def _tokenize(rows: list[dict[str, Any]], name: str, *, trust_remote_code: bool) -> None:
     """Adds the token ids of completions, with an end of sequence where it stopped, and the texts of chats."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise SettingError(
             f"rows without `completion_ids`, or with a chat for a prompt, take the policy's tokenizer, and {name!r} "
@@ -306,7 +311,8 @@ def main(arguments: Sequence[str]) -> None:
 
     try:
         settings = read_settings([*(f"--config={file}" for file in options.config), *overrides])
-        batch = read_samples(options.data, options.tokenizer or settings.tokenizer)
+        tokenizer = options.tokenizer or settings.tokenizer
+        batch = read_samples(options.data, tokenizer, trust_remote_code=settings.trust_remote_code)
         scores, total = score(settings, batch)
         print_scores(settings, scores, total)
         print_samples(batch, scores, total, options.num_samples)

@@ -38,7 +38,7 @@ FLOORS = {
     "output_folders": 3,
     "resume": 3,
     "serve": 3,
-    "saved_config": 3,
+    "saved_config": 1,
     "cli": 4,
     "completion": 4,
     "score": 4,

@@ -105,7 +105,7 @@ def test_a_progress_bar_is_there_unless_it_is_not_wanted(build):
 
 
 def test_verbose_is_the_progress_bars(build):
-    for arguments, expected in (([], False), (["--verbose"], True)):
+    for arguments, expected in (([], False), (["--verbose=true"], True)):
         (bar,) = (c for c in build(*arguments).trainer.callbacks if isinstance(c, RolloutProgress))
         assert bar.verbose is expected
 
@@ -212,3 +212,11 @@ def test_a_column_that_a_reward_needs_is_missed_before_the_model_is_loaded(run, 
     message = r"`data\.prompts`: row 1 has no column 'answer', which the reward 'exact_match' needs"
     with pytest.raises(SystemExit, match=message):
         run(*ON_CPU, TRANSFORMERS, "--data.prompts=FilePrompts", f"--data.prompts.path={tmp_path / 'prompts.jsonl'}")
+
+
+def test_verbose_needs_no_value():
+    given = ["fit", "--verbose", "--config", "a.yaml", "--verbose", "false", "--verbose"]
+    assert cli.with_values_of_flags(given) == [
+        "fit", "--verbose=true", "--config", "a.yaml", "--verbose", "false", "--verbose=true"
+    ]  # fmt: skip
+    assert cli.with_values_of_flags([]) == []

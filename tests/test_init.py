@@ -41,6 +41,15 @@ def _not_run(monkeypatch):
     return {"trainer_defaults": TRAINER_DEFAULTS, "auto_configure_optimizers": False}
 
 
+@pytest.mark.parametrize("name", ["my data, v1.jsonl", "C: #1.jsonl", "it's {one}.jsonl"])
+def test_any_name_is_read_back_as_it_is(name):
+    text = configuration(model=f"models/{name}", task="file", data=name, path=f"{name}.yaml")
+    config = yaml.safe_load(text.replace("${seed_everything}", "0"))
+    assert config["data"]["prompts"]["init_args"]["source"]["init_args"]["path"] == name
+    assert config["model"]["model"] == f"models/{name}"
+    assert config["trainer"]["default_root_dir"].startswith("runs/")
+
+
 @pytest.mark.parametrize("gpus", [0, 1, 2, 3, 5, 8, 24, 64])
 def test_sizes_fit_any_number_of_gpus(gpus):
     config = yaml.safe_load(configuration(model="m", task="math", gpus=gpus).replace("${seed_everything}", "0"))

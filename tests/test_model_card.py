@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
-from drpo_lightning import __version__
+from drpo_lightning import __version__, saved_config
 from drpo_lightning.callbacks import ExportPolicy
-from drpo_lightning.datamodules import ArithmeticPrompts, HubPrompts, MixedPrompts
+from drpo_lightning.datamodules import ArithmeticPrompts, HubPrompts, MixedPrompts, ReasoningGymPrompts
 from drpo_lightning.export import export_checkpoint
 from drpo_lightning.model_card import described, model_card, public_name, write_card
 from drpo_lightning.modules import LoRA
@@ -128,6 +128,31 @@ def test_of_a_path_only_the_last_part_is_said(model_folder, tmp_path):
     assert public_name(model_folder) == "arithmetic"
     assert public_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     assert described(HubPrompts(str(tmp_path)))["name"] == tmp_path.name
+
+
+class Elsewhere(HubPrompts):
+    """A data set that takes a key."""
+
+    def __init__(self, token):
+        super().__init__("owner/name")
+        self.header = f"Bearer {token}"
+
+
+def test_of_a_class_that_is_not_ours_the_name_alone_is_said():
+    assert described(MixedPrompts({"a": Elsewhere("hunter2")})) == {
+        "class": "MixedPrompts",
+        "data_sets": {"a": {"class": "Elsewhere"}},
+    }
+
+
+def test_a_value_of_the_environment_is_said_by_its_name(monkeypatch):
+    monkeypatch.setattr(saved_config, "UNRESOLVED", {"key hunter2": "key ${oc.env:A_SECRET}"})
+    assert described(HubPrompts("owner/name", suffix="key hunter2"))["suffix"] == "key ${oc.env:A_SECRET}"
+
+
+def test_a_text_that_is_no_place_stays_whole():
+    assert described(HubPrompts("owner/name", suffix="/no_think"))["suffix"] == "/no_think"
+    assert described(ReasoningGymPrompts("chain_sum", 3, suffix="/"))["suffix"] == "/"
 
 
 def test_an_objective_in_another_is_described_with_it():

@@ -179,3 +179,20 @@ def test_a_full_disk_is_refused_at_the_start_and_named_after_an_error_that_does_
         claim(logger=tensorboard(disk.folder, version="second"))
     with pytest.raises(DiskFullError, match=r"a file in '.*first' could not be written: the disk"), claim.held[0]:
         raise ValueError("something was not logged") from error.value
+
+
+def test_a_run_that_is_refused_leaves_no_folder_of_its_own(tmp_path):
+    command = [sys.executable, "-m", "drpo_lightning", "fit", "--config=configs/quickstart.yaml"]
+    places = [f"--trainer.logger.init_args.save_dir={tmp_path}", f"--trainer.default_root_dir={tmp_path}"]
+    data = ["--data.engine=TransformersEngine", "--data.prompts=FilePrompts", "--data.prompts.path=nowhere.jsonl"]
+    done = subprocess.run(
+        [*command, *places, *data],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "'nowhere.jsonl' does not exist" in done.stderr
+    assert not list(tmp_path.rglob("version_*"))

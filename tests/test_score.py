@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -190,6 +191,22 @@ def test_a_missing_tokenizer_is_named_and_only_if_it_is_needed(tmp_path):
         read_samples(write(tmp_path / "rows.jsonl", *ROWS), "no/such/model")
     rows = [row | {"completion_ids": [1]} for row in ROWS]
     assert len(read_samples(write(tmp_path / "rows.jsonl", *rows), "no/such/model")) == 4
+
+
+def test_the_tokenizer_is_read_as_fit_reads_it(score, tmp_path, monkeypatch, model_folder):
+    import transformers
+
+    asked = []
+    read = transformers.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoTokenizer,
+        "from_pretrained",
+        lambda name, **settings: asked.append((name, settings)) or read(name, **settings),
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "policy").symlink_to(Path(model_folder).absolute())
+    score([callback("ExactMatchReward")], ROWS, "--model.trust_remote_code=true", model="~/policy")
+    assert asked == [(str(tmp_path / "policy"), {"trust_remote_code": True})]
 
 
 def test_failures_are_kept_with_their_samples():

@@ -86,7 +86,7 @@ class FallibleReward(RewardCallback):
 
     def _store(self, failures: dict[int, RewardFailure], batch: RewardBatch) -> str:
         """Appends failures to the file; says where they are."""
-        if self._path is None or self._trainer is None or not self.max_stored_failures:
+        if self._path is None or self._trainer is None or self._trainer.fast_dev_run or not self.max_stored_failures:  # type: ignore[attr-defined]
             return ""
         run = {
             "reward": self.name,

@@ -33,7 +33,7 @@ COLUMNS = (
     Column("s", "perf/iteration_seconds"),
 )
 """Those whose metric is not logged are left out."""
-WIDTH = 9
+WIDTH = 8
 LINES_PER_HEADER = 25
 
 
@@ -153,8 +153,9 @@ class RolloutProgress(ProgressBar, RolloutHooks):
         self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
-        """Takes the bar away."""
+        """Takes the bar away, and prints the line of the rollout that was the last."""
         self._end()
+        self._print_line(trainer)
 
     # ---------------------------------------------------------------- the lines
 
@@ -182,13 +183,13 @@ class RolloutProgress(ProgressBar, RolloutHooks):
             return
         shown = tuple(column for column in COLUMNS if column.metric in metrics)
         if shown != self._shown or self._num_lines % LINES_PER_HEADER == 0:
-            self.print("".join(f"{title:>{WIDTH}}" for title in ("rollout", "updates", *(c.title for c in shown))))
+            self.print(" ".join(f"{title:>{WIDTH}}" for title in ("rollout", "updates", *(c.title for c in shown))))
             self._shown = shown
         cells = (str(number), str(trainer.global_step), *(_cell(metrics[column.metric]) for column in shown))
-        self.print("".join(f"{cell:>{WIDTH}}" for cell in cells))
+        self.print(" ".join(f"{cell:>{WIDTH}}" for cell in cells))
         self._num_lines += 1
 
 
 def _cell(value: float) -> str:
     """A number in at most eight characters."""
-    return "nan" if math.isnan(value) else figure(value)
+    return "nan" if math.isnan(value) else figure(value).replace("e-0", "e-").replace("e+0", "e+")

@@ -59,10 +59,11 @@ class RunSummary(Callback):
         exported = [c.exported for c in trainer.callbacks if isinstance(c, ExportPolicy) and c.exported]  # type: ignore[attr-defined]
         lines = [f"{trainer.global_step} updates on {trainer.current_epoch} rollouts"]
         for label, key in (("reward", "val/reward/mean"), ("pass@1", "val/pass@1")):
-            if key in self._last:
-                figures = {self._first_step: self._first[key], self._last_step: self._last[key]}
+            moments = ((self._first_step, self._first), (self._last_step, self._last))
+            if figures := {step: metrics[key] for step, metrics in moments if key in metrics}:
                 parts = [f"{value:.3f} {_moment(step, trainer.global_step)}" for step, value in figures.items()]
-                lines.append(f"held-out {label}: {' -> '.join(parts)}")
+                since = trainer.global_step - max(figures)
+                lines.append(f"held-out {label}: {' -> '.join(parts)}" + f" ({since} updates ago)" * (since > 0))
         if log_dir:
             lines.append(f"logs:    {log_dir}")
         lines += [f"policy:  {folder}" for folder in exported]
@@ -131,6 +132,6 @@ def _count(number: float) -> str:
 
 def _moment(step: int, last_step: int) -> str:
     """When a validation was, in words."""
-    if step == last_step:
-        return "after"
-    return f"after {step} updates" if step else "before"
+    if not step:
+        return "before"
+    return "after" if step == last_step else f"after {step} updates"

@@ -17,8 +17,10 @@ from drpo_lightning.rollout.hooks import RolloutHooks
 class SampleWriter(Callback, RolloutHooks):
     """Writes samples to `samples/` in the log folder: of every validation, and of rollouts if asked for.
 
-    `validation-000040.jsonl` holds the validation after 40 updates, `rollout-000010.jsonl` the tenth rollout; one line
-    per sample, those of a prompt next to each other, in the order of the data set. `drpo score --data` reads them.
+    `validation-000040.jsonl` holds the validation after 40 updates, in the order of the data set,
+    `rollout-000010.jsonl` the tenth rollout, in the order in which its prompts were taken, however many ranks there
+    are; one line per sample, those of a prompt next to each other. `drpo score --data` reads them. Nothing is written
+    under `fast_dev_run`.
 
     Args:
         every_n_rollouts: writes every n-th rollout, the first included; 0 for none.
@@ -35,7 +37,7 @@ class SampleWriter(Callback, RolloutHooks):
         """Writes the rollout. Collective."""
         number = trainer.datamodule.iteration  # type: ignore[attr-defined]
         if self.every_n_rollouts and (number - 1) % self.every_n_rollouts == 0:
-            self._write(trainer, rollout, f"rollout-{number:06d}.jsonl")
+            self._write(trainer, _of_all_ranks(trainer, rollout), f"rollout-{number:06d}.jsonl")
 
     def on_validation_batch_end(
         self,
@@ -48,20 +50,26 @@ class SampleWriter(Callback, RolloutHooks):
     ) -> None:
         """Writes the validation. Collective."""
         if self.validation:
-            self._write(trainer, batch.rollout, f"validation-{updates_completed(trainer, pl_module):06d}.jsonl")
+            rows = sorted(_of_all_ranks(trainer, batch.rollout), key=lambda row: row["prompt_number"])
+            self._write(trainer, rows, f"validation-{updates_completed(trainer, pl_module):06d}.jsonl")
 
-    def _write(self, trainer: Trainer, rollout: Rollout, name: str) -> None:
+    def _write(self, trainer: Trainer, rows: list[dict[str, Any]], name: str) -> None:
         """Writes the samples of all ranks in one file, on rank 0."""
-        rows = list(sample_rows(rollout))
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, rows)
-            rows = sorted((row for part in parts for row in part), key=lambda row: row["prompt_number"])
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # collective
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps(row, ensure_ascii=False, default=repr) + "\n" for row in rows)
             (folder / name).write_text("".join(lines), encoding="utf-8")
+
+
+def _of_all_ranks(trainer: Trainer, rollout: Rollout) -> list[dict[str, Any]]:
+    """The samples of all ranks, one rank's after the other's: the order of a rollout's prompts. Collective."""
+    rows = list(sample_rows(rollout))
+    if trainer.world_size == 1:
+        return rows
+    parts: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
 
 
 def sample_rows(rollout: Rollout) -> Iterator[dict[str, Any]]:

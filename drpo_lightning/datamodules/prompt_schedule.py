@@ -1,7 +1,10 @@
 """Which prompts every rollout takes."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 from drpo_lightning.datamodules.curriculum import PassRateCurriculum, PassRates
@@ -80,7 +83,13 @@ class PromptSchedule:
         """What a checkpoint keeps before a rollout, by its number; empty without a curriculum."""
         if self.curriculum is None:
             return {}
-        return {"num_rows": len(self.rows), **asdict(self._before[rollout])}
+        return {"num_rows": len(self.rows), "digest": self._digest, **asdict(self._before[rollout])}
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of the prompts in their order."""
+        prompts = json.dumps([row["prompt"] for row in self.rows])
+        return hashlib.sha256(prompts.encode()).hexdigest()
 
     def load_state_dict(self, state_dict: dict[str, Any], rollout: int) -> None:
         """Takes up `state_dict`; a curriculum that a checkpoint knows nothing of begins where the rollouts would.
@@ -92,9 +101,11 @@ class PromptSchedule:
             self._before = {rollout: PassRates(position=rollout * self.num_prompts)}
             return
         known = dict(state_dict)
-        if (num_rows := known.pop("num_rows")) != len(self.rows):
+        num_rows, digest = known.pop("num_rows"), known.pop("digest")
+        if digest != self._digest:
             raise SettingError(
-                f"`data.prompts` has {len(self.rows)} rows, but had {num_rows} in the run of the checkpoint, whose "
-                "pass rates are by row: resume with the same prompts, or without `data.curriculum`"
+                f"`data.prompts` has {len(self.rows)} rows, and had {num_rows} in the run of the checkpoint, with "
+                "other prompts or in another order; its pass rates are by row: resume with the same prompts, or "
+                "without `data.curriculum`"
             )
         self._before = {rollout: PassRates(**known)}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from drpo_lightning.batch import Completion, Sampling
 from drpo_lightning.rollout.engine import EngineError
+from drpo_lightning.rollout.heap import give_back_freed_memory
 from drpo_lightning.rollout.randomness import OwnRandomness
 from drpo_lightning.rollout.served import Heartbeat
 
@@ -68,6 +69,8 @@ class InProcessVLLM:
         prompts = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompt_ids]
         with self._own_randomness():
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False, lora_request=self._adapter)
+        if not torch.cuda.is_available():
+            give_back_freed_memory()
         _check_prompts(outputs, prompt_ids)
         return [
             [_completion(sample, num_topk) for sample in sorted(output.outputs, key=lambda sample: sample.index)]

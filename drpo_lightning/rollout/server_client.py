@@ -158,7 +158,10 @@ class VLLMServer:
         described = await self.ask("GET", "/server_info?config_format=json", timeout_seconds=60)
         world = await self.ask("GET", "/get_world_size")
         await self.ask("POST", "/inference/v1/abort_requests", {"request_ids": []})  # is there if generation is
-        return self._info_in(described["vllm_config"], world["world_size"], device)
+        try:
+            return self._info_in(described["vllm_config"], world["world_size"], device)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SettingError(f"{self} does not describe itself as vLLM does: {error!r}; {HOW_TO_START}") from error
 
     def _info_in(self, config: dict[str, Any], num_workers: int, device: torch.device) -> ServerInfo:
         model, cache = config["model_config"], config["cache_config"]

@@ -84,3 +84,15 @@ def test_the_start_says_what_will_be_done(make_run, model_folder, tmp_path, caps
 def test_the_length_of_a_run_is_what_ends_it_first(make_run, capsys, settings, expected):
     make_run(RunSummary(), trainer=settings).fit()
     assert start_of(capsys)["run"].startswith(expected)
+
+
+def test_a_first_validation_without_a_reward_is_left_out(make_run, capsys):
+    summary = RunSummary()
+    run = make_run(summary, data=VALIDATION, trainer={"num_sanity_val_steps": -1})
+    run.fit()
+    first = summary.state_dict()["first"]
+    for name in [name for name in first if name != "val/completions/mean_length"]:
+        del first[name]
+    capsys.readouterr()
+    summary.on_fit_end(run.trainer, run.module)
+    assert re.search(r"held-out reward: \d\.\d{3} after\n", capsys.readouterr().out)

@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from drpo_lightning.callbacks import NumericAnswerReward, SampleWriter, ValidationTable
 from drpo_lightning.callbacks.validation_table import ALL, validation_table
+from drpo_lightning.console import print_table
 from drpo_lightning.datamodules import ArithmeticPrompts, PromptSource
 
 
@@ -90,6 +91,26 @@ def test_without_validation_nothing_is_shown(make_run, capsys):
 def test_settings_out_of_range_are_refused(callback, settings):
     with pytest.raises(ValueError, match=f"`{next(iter(settings))}` must be"):
         callback(**settings)
+
+
+def test_a_trial_run_writes_nothing(make_run, tmp_path):
+    make_run(SampleWriter(every_n_rollouts=1), trainer={"fast_dev_run": True}, data={"val_prompts": TwoSets()}).fit()
+    assert not list(tmp_path.rglob("samples"))
+
+
+def test_a_rollout_is_written_in_the_order_of_its_prompts(make_run, make_recorder, tmp_path):
+    recorder = make_recorder()
+    make_run(SampleWriter(every_n_rollouts=1), recorder).fit()
+    lines = (tmp_path / "samples" / "rollout-000001.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt_number"] for line in lines] == recorder.rollouts[0].prompt_numbers
+
+
+def test_no_column_is_lost_on_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    print_table("t", ["", "prompts", *(f"pass@{2**k}" for k in range(12))], [["hard/even", "12", *["0.123"] * 12]])
+    words = capsys.readouterr().out.split()
+    assert words.count("0.123") == 12
+    assert {"hard/even", "prompts", "pass@2048"} <= set(words)
 
 
 def test_a_checkpoint_that_is_validated_has_the_updates_of_its_run(make_run, tmp_path, capsys):

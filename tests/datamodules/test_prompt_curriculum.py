@@ -24,8 +24,8 @@ ROLLOUTS = st.lists(st.lists(REWARDS, min_size=8, max_size=8), max_size=8)
 """Of each rollout, the rewards of 4 prompts x 2 samples."""
 
 
-def make_schedule(curriculum, num_rows=6, weights=None, period=None):
-    rows = [{"data_set": "ab"[i % 2]} for i in range(num_rows)]
+def make_schedule(curriculum, num_rows=6, weights=None, period=None, first="p"):
+    rows = [{"prompt": f"{first}{i}", "data_set": "ab"[i % 2]} for i in range(num_rows)]
     stream = PromptStream(rows, seed=5, weights=weights, period=period)
     return PromptSchedule(stream, num_prompts=4, curriculum=curriculum)
 
@@ -132,8 +132,11 @@ def test_a_curriculum_that_a_checkpoint_knows_nothing_of_begins_where_the_run_is
 
 def test_pass_rates_of_other_prompts_are_refused():
     state = make_schedule(PassRateCurriculum()).state_dict(0)
-    with pytest.raises(SettingError, match=r"`data\.prompts` has 7 rows, but had 6 in the run of the checkpoint"):
-        make_schedule(PassRateCurriculum(), num_rows=7).load_state_dict(state, 0)
+    make_schedule(PassRateCurriculum()).load_state_dict(state, 0)
+    for num_rows, first in ((7, "p"), (6, "q")):
+        message = rf"`data\.prompts` has {num_rows} rows, and had 6 in the run of the checkpoint, with other prompts"
+        with pytest.raises(SettingError, match=message):
+            make_schedule(PassRateCurriculum(), num_rows=num_rows, first=first).load_state_dict(state, 0)
 
 
 def test_the_figures_of_a_curriculum():

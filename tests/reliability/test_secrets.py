@@ -77,9 +77,13 @@ def test_a_run_its_export_and_a_resumed_run(tmp_path):
     written = {path.suffix or path.name.split(".")[0] for path in tmp_path.rglob("*") if path.is_file()}
     assert written >= {".ckpt", ".safetensors", ".parquet", ".csv", ".yaml", ".json"}
     assert list(tmp_path.rglob("events.out.tfevents*"))
+    for folder in (tmp_path / "exported", next(tmp_path.rglob("policy"))):  # from the checkpoint; by the run
+        assert "KeyedPrompts" in (folder / "README.md").read_text()
+        assert "KeyedPrompts" in (folder / "training.json").read_text()
     saved = next(tmp_path.rglob("config.yaml")).read_text()
     assert "key: ${oc.env:DRPO_PLANTED}" in saved
     assert "sentence: the key is ${oc.env:DRPO_PLANTED}" in saved
+    assert "token: ${oc.env:DRPO_PLANTED}" in saved
     assert "level: '3'" in saved or "level: 3" in saved
     config = next(tmp_path.rglob("config.yaml"))
     status, printed = drpo(tmp_path, "fit", f"--config={config}", "--trainer.max_epochs=1", "--ckpt_path=null")

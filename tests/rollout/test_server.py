@@ -191,6 +191,22 @@ def test_a_server_without_an_endpoint_that_is_needed_is_refused(make_engine, dou
         make_engine()
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "a page of something else",
+        [],
+        {"vllm_config": None},
+        {"vllm_config": {}},
+        {"vllm_config": {"model_config": {}, "cache_config": {}, "weight_transfer_config": "ipc"}},
+    ],
+)
+def test_a_server_that_is_not_the_vllm_that_is_needed_is_refused(make_engine, doubles, said):
+    doubles[0].misbehave = lambda handler, path: path == "/server_info" and (handler.say(said) or True)
+    with pytest.raises(SettingError, match=rf"{doubles[0].url} does not describe itself as vLLM .*`drpo serve`"):
+        make_engine()
+
+
 def test_servers_of_two_precisions_are_refused(make_engine, doubles):
     doubles[0].config["model_config"]["dtype"] = "torch.bfloat16"
     with pytest.raises(SettingError, match=r"weights of one precision, got \['bfloat16', 'float32'\]"):
