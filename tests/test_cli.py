@@ -220,3 +220,22 @@ def test_verbose_needs_no_value():
         "fit", "--verbose=true", "--config", "a.yaml", "--verbose", "false", "--verbose=true"
     ]  # fmt: skip
     assert cli.with_values_of_flags([]) == []
+
+
+def test_an_answer_that_is_no_number_is_refused_before_the_model_is_loaded(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "drpo_lightning.modules.PolicyModule.configure_model", lambda self: pytest.fail("the model was loaded")
+    )
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "x+x=", "answer": "2x"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward = '--trainer.callbacks+={"class_path": "drpo_lightning.callbacks.NumericAnswerReward"}'
+    with pytest.raises(
+        SystemExit, match=r"`data\.prompts`: row 1: reward 'numeric_answer': `answer` must be one number"
+    ):
+        run(
+            *ON_CPU,
+            TRANSFORMERS,
+            "--data.prompts=FilePrompts",
+            f"--data.prompts.path={tmp_path / 'prompts.jsonl'}",
+            reward,
+        )

@@ -1,6 +1,6 @@
 """Programs that the policy writes, run against tests."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drpo_lightning.callbacks.fallible_reward import OnFailure, score_of_failures
@@ -17,10 +17,11 @@ MARGIN_SECONDS = 10.0
 class CodeReward(IsolatedReward):
     """1 if the Python in a completion passes the tests of its row, else 0.
 
-    The completion's last block between ```` ```python ```` and ```` ``` ```` is the program; without one it gets 0.
-    Each test is a fresh process with an empty folder, none of the trainer's environment, and limits on time, memory,
-    processes, files and output. With `namespaces` it has no network, reaches no other process by signals, and
-    whatever it starts ends with it. The tests in `column` are of one of these forms, or JSON of it:
+    The completion's last block between ```` ```python ```` and ```` ``` ```` is the program, or, if there is none, the
+    last one without a language; without either it gets 0. Each test is a fresh process with an empty folder, none of
+    the trainer's environment, and limits on time, memory, processes, files and output. With `namespaces` it has no
+    network, reaches no other process by signals, and whatever it starts ends with it. The tests in `column` are of one
+    of these forms, or JSON of it:
 
     | form | a program passes if |
     |---|---|
@@ -97,6 +98,10 @@ class CodeReward(IsolatedReward):
             **settings,
         )
         self._column = column
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """The tests must be of a known form."""
+        code_cases(row[self._column])
 
     def outcomes(self, batch: RewardBatch) -> Sequence[RewardOutcome]:
         """Runs the programs.

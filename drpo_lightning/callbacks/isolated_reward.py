@@ -1,12 +1,13 @@
 """Another reward, run in worker processes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
 from drpo_lightning.callbacks.fallible_reward import FallibleReward, OnFailure
-from drpo_lightning.rewards import Reward, RewardBatch
+from drpo_lightning.errors import SettingError
+from drpo_lightning.rewards import Reward, RewardBatch, RewardError
 from drpo_lightning.rewards.base import RewardOutcome
 from drpo_lightning.rewards.isolation import IsolatedScorer
 from drpo_lightning.rewards.isolation_worker import WorkerLimits
@@ -31,9 +32,9 @@ class IsolatedReward(FallibleReward):
     ```
 
     The reward gets completions one at a time, on any of the workers, and its hooks as a callback are not called. Its
-    name and weight are those of the isolated reward. A reward with a `state_dict` needs `num_workers: 1`: its state
-    outlives its worker and is in the checkpoints, as that of other rewards; a completion that it fails on leaves no
-    trace in it.
+    name and weight are those of the isolated reward. Its `answers`, for majority votes, run in the trainer, on a copy
+    that scores nothing. A reward with a `state_dict` needs `num_workers: 1` and a single rank: its state outlives its
+    worker and is in the checkpoints, as that of other rewards; a completion that it fails on leaves no trace in it.
 
     Args:
         reward: what scores; it must be picklable.
@@ -84,11 +85,27 @@ class IsolatedReward(FallibleReward):
             memory_bytes=None if memory_limit_gib is None else int(memory_limit_gib * 2**30),
             max_processes=max_processes,
         )
+        self._reward = reward
         self._scorer = IsolatedScorer(reward, num_workers=num_workers, limits=limits)
 
     def outcomes(self, batch: RewardBatch) -> Sequence[RewardOutcome]:
         """Scores in the workers, which are started if they do not run."""
         return self._scorer.score(batch)
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """See the reward."""
+        self._reward.check_row(row)
+
+    def answers(self, batch: RewardBatch) -> Sequence[str | None] | None:
+        """The reward's.
+
+        Raises:
+            RewardError: if it raises.
+        """
+        try:
+            return self._reward.answers(batch)
+        except (Exception, SystemExit) as error:
+            raise RewardError(f"reward {self.name!r} raised {error!r} in `answers`") from error
 
     def close(self) -> None:
         """Ends the workers."""
@@ -109,7 +126,16 @@ class IsolatedReward(FallibleReward):
         self._scorer.state = dict(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Starts the workers, which load the reward while the trainer and the engine start. Collective."""
+        """Starts the workers, which load the reward while the trainer and the engine start. Collective.
+
+        Raises:
+            SettingError: if there are several ranks and the reward has a state, of which each would have its own.
+        """
+        if trainer.world_size > 1 and self._scorer.state is not None:
+            raise SettingError(
+                f"the reward {self.name!r} has a state (`state_dict`), and each of {trainer.world_size} ranks would "
+                "have its own, of which checkpoints keep that of the first; train on one, or give it no `state_dict`"
+            )
         super().setup(trainer, pl_module, stage)
         self._scorer.start()
 

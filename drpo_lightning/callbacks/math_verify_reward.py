@@ -8,6 +8,7 @@ from drpo_lightning.callbacks.isolated_reward import IsolatedReward
 from drpo_lightning.errors import SettingError
 from drpo_lightning.rewards import RewardBatch
 from drpo_lightning.rewards.answers import last_boxed
+from drpo_lightning.rewards.base import RewardOutcome
 
 
 class MathVerifyReward(IsolatedReward):
@@ -32,8 +33,7 @@ class MathVerifyReward(IsolatedReward):
         name: what it is logged as.
         timeout_seconds: for one completion.
         memory_limit_gib: see `IsolatedReward`.
-        on_failure: what becomes of a completion that takes too long, and of an answer of the data set that cannot be
-            read, see `FallibleReward`.
+        on_failure: what becomes of a completion that takes too long, see `FallibleReward`.
         failure_score: with `on_failure: score`; 0 by default.
         settings: see `IsolatedReward`.
 
@@ -55,7 +55,7 @@ class MathVerifyReward(IsolatedReward):
         **settings: Any,  # noqa: ANN401
     ) -> None:
         try:
-            from drpo_lightning.rewards.math_answer import MathAnswer
+            from drpo_lightning.rewards.math_answer import MathAnswer, expected_answer
         except ImportError as error:
             raise SettingError(
                 f"`MathVerifyReward` needs math-verify: pip install 'drpo-lightning[math]' ({error})"
@@ -69,6 +69,18 @@ class MathVerifyReward(IsolatedReward):
             **settings,
         )
         self.boxed = boxed
+        self._column = column
+        self._expected_answer = expected_answer
+
+    def outcomes(self, batch: RewardBatch) -> Sequence[RewardOutcome]:
+        """Compares the answers.
+
+        Raises:
+            ValueError: if an answer of the data set cannot be read, whatever `on_failure` says.
+        """
+        for answer in dict.fromkeys(map(str, batch.column(self._column))):
+            self._expected_answer(answer)
+        return super().outcomes(batch)
 
     def answers(self, batch: RewardBatch) -> Sequence[str | None] | None:
         """The last box of each completion, as it is written."""

@@ -2,13 +2,13 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback
 
 from drpo_lightning.rewards import Reward, RewardBatch, exact_match, numeric_answer
-from drpo_lightning.rewards.answers import boxed_number, last_number
+from drpo_lightning.rewards.answers import boxed_number, expected_number, last_number
 
 
 class RewardCallback(Callback, Reward):
@@ -122,10 +122,11 @@ class ExactMatchReward(RewardCallback):
 
 
 class NumericAnswerReward(RewardCallback):
-    r"""1 if the last number of the completion is the last number of the data set's answer, else 0.
+    r"""1 if the last number of the completion is the data set's answer, else 0.
 
     Args:
-        column: column of the data set that holds the answer.
+        column: column of the data set that holds the answer: a number, after `####` or in `\\boxed{...}` if it is in a
+            longer text. Any other answer ends the run.
         boxed: looks for the number only in the completion's last `\\boxed{...}`.
         weight: factor of this reward in the sum.
         name: what it is logged as.
@@ -143,6 +144,10 @@ class NumericAnswerReward(RewardCallback):
         """See `drpo_lightning.rewards.numeric_answer`."""
         pairs = zip(batch.completions, batch.column(self.column), strict=True)
         return [numeric_answer(completion, answer, boxed=self.boxed) for completion, answer in pairs]
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """The answer must be one number."""
+        expected_number(str(row[self.column]))
 
     def answers(self, batch: RewardBatch) -> Sequence[str | None]:
         """The number that is compared, as a fraction in lowest terms."""

@@ -75,7 +75,7 @@ def column_names(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def check_columns(rows: Sequence[dict[str, Any]], rewards: Sequence[Reward], key: str) -> None:
-    """Raises `SettingError` if a row of the setting `key` lacks a column that a reward needs."""
+    """Raises `SettingError` if a row of the setting `key` is nothing that a reward can score completions of."""
     for reward in rewards:
         for i, row in enumerate(rows):
             if missing := [name for name in reward.required_columns if name not in row]:
@@ -83,3 +83,7 @@ def check_columns(rows: Sequence[dict[str, Any]], rewards: Sequence[Reward], key
                     f"`{key}`: row {i} has no column {missing[0]!r}, which the reward {reward.name!r} needs; "
                     f"it has {sorted(row)}"
                 )
+            try:
+                reward.check_row(row)
+            except ValueError as error:
+                raise SettingError(f"`{key}`: row {i}: reward {reward.name!r}: {error}") from error

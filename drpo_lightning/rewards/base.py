@@ -157,6 +157,9 @@ class Reward(ABC):
         A reward with a `failure_policy` may return a `RewardFailure` in place of a score.
         """
 
+    def check_row(self, row: Mapping[str, Any]) -> None:  # noqa: B027
+        """Raises `ValueError` if no completion of this row of the data set could be scored; asked at the start."""
+
     def answers(self, batch: RewardBatch) -> Sequence[str | None] | None:  # noqa: ARG002
         """The final answer of each completion, for majority votes: equal texts for equal answers, None for no answer.
 

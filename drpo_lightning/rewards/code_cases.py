@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*+)[^\n]*+\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
-LANGUAGES = {"", "python", "python3", "py"}
+LANGUAGES = {"python", "python3", "py"}
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,11 @@ class CodeCase:
 
 
 def python_block(completion: str) -> str | None:
-    """The last fenced block of Python in a completion; None if there is none that is closed."""
-    blocks = [code for language, code in FENCED.findall(completion) if language.lower() in LANGUAGES]
-    return textwrap.dedent(blocks[-1]) if blocks else None
+    """The last fenced block of Python in a completion, or the last without a language; None if none is closed."""
+    blocks = FENCED.findall(completion)
+    labelled = [code for language, code in blocks if language.lower() in LANGUAGES]
+    programs = labelled or [code for language, code in blocks if not language]
+    return textwrap.dedent(programs[-1]) if programs else None
 
 
 def code_cases(tests: Any) -> list[CodeCase]:  # noqa: ANN401

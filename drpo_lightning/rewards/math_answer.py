@@ -4,16 +4,17 @@ Importing this module takes the extra `math`.
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-from drpo_lightning.rewards.answers import last_boxed
+from drpo_lightning.rewards.answers import last_boxed, stated_answer
 from drpo_lightning.rewards.base import Reward, RewardBatch
 
 LATEX = LatexExtractionConfig(boxed_match_priority=0)
-GSM8K_MARK = "####"
+ENVIRONMENT = re.compile(r"(?<!\\)\$(?:[^$\\]|\\.)+\$", re.DOTALL)
 
 # It warns that its timeouts are off. They are alarms, which exist in a main thread only, which do not interrupt the
 # arithmetic of large integers, and after which an answer silently counts as wrong.
@@ -66,10 +67,9 @@ def expected_answer(answer: str) -> list[Any]:
     Raises:
         ValueError: if there is none.
     """
-    text = answer.rpartition(GSM8K_MARK)[2].strip()
-    box = last_boxed(text)
+    text = stated_answer(answer)
     # Without an environment LaTeX is not recognized as such.
-    parsed = _parsed(text if box is None and "$" in text else rf"\boxed{{{text if box is None else box}}}", [LATEX])
+    parsed = _parsed(text if ENVIRONMENT.search(text) else rf"\boxed{{{text}}}", [LATEX])
     if not parsed:
         raise ValueError(f"the answer {answer!r} cannot be read as mathematics")
     return parsed

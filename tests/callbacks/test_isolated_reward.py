@@ -11,9 +11,10 @@ from drpo_lightning.batch import Rollout
 from drpo_lightning.callbacks import FallibleReward, FunctionReward, IsolatedReward, RolloutStatistics
 from drpo_lightning.datamodules import ArithmeticPrompts
 from drpo_lightning.errors import SettingError
-from drpo_lightning.rewards import RewardError, RewardFailure
+from drpo_lightning.rewards import RewardBatch, RewardError, RewardFailure
 from tests.conftest import scattered_reward
 from tests.rewards.hostile import EXITS, LOOPS, Fragile, Hostile
+from tests.rewards.stateful import Answering
 
 
 def expected_scores(rollout):
@@ -175,6 +176,20 @@ def test_a_resumed_run_knows_what_was_dropped(make_run, make_recorder, tmp_path)
     assert isinstance(again, Rollout)
     assert torch.equal(again.is_kept, rollout.is_kept)
     assert torch.equal(again.reward_errors["scripted"], rollout.reward_errors["scripted"])
+
+
+def test_majority_votes_are_over_the_answers_of_the_reward(make_run, make_recorder):
+    recorder = make_recorder()
+    make_run(recorder, rewards=[IsolatedReward(Answering(), num_workers=1)]).fit()
+    (rollout,) = recorder.rollouts
+    assert rollout.answers == [text.upper() or None for text in rollout.texts]
+
+
+def test_an_exception_in_the_answers_names_the_reward():
+    batch = RewardBatch(["p"], ["!"], [[1]], ["stop"])
+    with pytest.raises(RewardError, match=r"reward 'mine' raised KeyError\('no answer'\) in `answers`"):
+        IsolatedReward(Answering(name="mine"), num_workers=1).answers(batch)
+    assert IsolatedReward(Hostile()).answers(batch) is None
 
 
 def test_a_reward_that_cannot_be_pickled_or_treats_failures_itself_is_refused():

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 
 from drpo_lightning.errors import SettingError
-from drpo_lightning.rewards import RewardBatch, RewardFailure
+from drpo_lightning.rewards import RewardBatch, RewardError, RewardFailure, score_rewards
 
 pytest.importorskip("math_verify")
 from drpo_lightning.callbacks import MathVerifyReward
@@ -48,10 +48,10 @@ def test_it_scores_from_any_thread(reward):
     assert results == [[1.0, 0.0]]
 
 
-def test_a_row_without_an_answer_is_a_failure(reward):
-    (failure,) = reward.score(batch(r"\boxed{0.5}", answer=""))
-    assert failure.kind == "error"
-    assert "the answer '' cannot be read as mathematics" in failure.reason
+@pytest.mark.parametrize("answer", ["", "so it is 5\n####"])
+def test_a_row_without_an_answer_ends_the_run_whatever_becomes_of_failures(reward, answer):
+    with pytest.raises(RewardError, match=r"the answer '.*' cannot be read as mathematics.*it does so for prompt 'p'"):
+        score_rewards([reward], batch(r"\boxed{0.5}", answer=answer))
 
 
 def test_failures_count_as_0_unless_it_is_told_otherwise():

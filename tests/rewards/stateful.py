@@ -33,6 +33,15 @@ class Counting(RewardCallback):
         self.count = state_dict["count"]
 
 
+class Answering(Counting):
+    """Its answers are upper case, where there are letters."""
+
+    def answers(self, batch):
+        if "!" in batch.completions:
+            raise KeyError("no answer")
+        return [text.upper() or None for text in batch.completions]
+
+
 class CountingPlain(Counting):
     """With a state that JSON makes another of."""
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drpo_lightning.rewards import exact_match, numeric_answer
-from drpo_lightning.rewards.answers import last_boxed, last_number
+from drpo_lightning.rewards.answers import expected_number, last_boxed, last_number
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,11 @@ def test_exact_match_ignores_surrounding_white_space_only(completion, answer, sc
         (r"\frac{1}{2}\frac{3}{4}", "3/4"),
         ("3 apples cost 4€ each, so 12€", "12"),
         ("version 1.2.3", "0.3"),
+        ("it lost -$5", "-5"),
+        (r"it lost -\$5", "-5"),
+        ("between 3-$5", "5"),
+        ("between $3$-$5$", "5"),
+        ("3 \u0663", "3"),
         ("9" * 60, "9" * 60),
     ],
 )
@@ -168,6 +173,20 @@ def test_numeric_answer(completion, answer, score):
         (r"\boxed{\text{cm}}", 0.0),
         (r"\boxed{42\text{ or }43}", 0.0),
         (r"\boxed{42\text{ or 43}}", 0.0),
+        (r"\boxed{+42}", 1.0),
+        (r"\boxed{42.}", 1.0),
+        (r"\boxed{(42)}", 1.0),
+        (r"\boxed{{42}}", 1.0),
+        (r"\boxed{\left(42\right)}", 1.0),
+        (r"\boxed{\mathbf{42}}", 1.0),
+        (r"\boxed{\textbf{(42)}}", 1.0),
+        (r"\boxed{\mathbf{\frac{84}{2}}}", 1.0),
+        (r"\boxed{84 / 2}", 1.0),
+        (r"\boxed{(1,042)}", 0.0),
+        (r"\boxed{(4)(2)}", 0.0),
+        (r"\boxed{{4}{2}}", 0.0),
+        (r"\boxed{+-42}", 0.0),
+        ("\\boxed{\u0664\u0662}", 0.0),
     ],
 )
 def test_only_the_boxed_number_counts_if_asked(completion, score):
@@ -182,8 +201,40 @@ def test_a_part_of_a_fraction_is_not_the_answer(answer, box):
 
 @pytest.mark.parametrize("boxed", [False, True])
 def test_an_answer_without_a_number_is_an_error(boxed):
-    with pytest.raises(ValueError, match="`answer` must hold a number, got 'unknown'"):
+    with pytest.raises(ValueError, match="`answer` must be one number, got 'unknown'; MathVerifyReward"):
         numeric_answer("42", "unknown", boxed=boxed)
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"2\sqrt{3}", r"\frac{\pi}{6}", "(1,2)", r"5 \text{ m}^2", "2^{10}", "11011_7", "1e3", "5 or 6", "3x",
+        "#### 5x", r"5 \boxed{}", "", None,
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_not_one_number_is_an_error(answer, boxed):
+    for completion in (r"\boxed{3}", r"\boxed{2}", r"\boxed{10}", "6"):
+        with pytest.raises(ValueError, match="must be one number"):
+            numeric_answer(completion, answer, boxed=boxed)
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("He has 3 x 4 = 12.\n#### 1,234", "1234"),
+        ("3 / 4", "3/4"),
+        (12, "12"),
+        (12.5, "12.5"),
+        (r"so $\boxed{\frac{1}{2}}$.", "1/2"),
+        ("#### $18", "18"),
+        (r"-\$18.50", "-18.5"),
+        ("- 7", "-7"),
+        (r"$336^\circ$", "336"),
+    ],
+)
+def test_an_answer_is_read_as_data_sets_write_it(answer, number):
+    assert expected_number(str(answer)) == Fraction(number)
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=4, min_value=-(10**9), max_value=10**9), st.booleans())

@@ -21,6 +21,12 @@ except SettingError:
 LIMITS = ProgramLimits(seconds=5.0, memory_bytes=2**30, namespaces=HAS_NAMESPACES)
 TEST = CodeCase(test="assert f(1) == 2")
 SUM = CodeCase(input="1 2\n", output="3\n")
+SAYS = """import os, re
+def say(value):
+    if re.fullmatch(r"\\w{16,}", str(value)):
+        os.write(1, str(value).encode())
+"""
+"""Repeats what may be a secret."""
 needs_namespaces = pytest.mark.skipif(not HAS_NAMESPACES, reason="this machine does not let users have namespaces")
 
 
@@ -37,6 +43,10 @@ needs_namespaces = pytest.mark.skipif(not HAS_NAMESPACES, reason="this machine d
         ("import dataclasses, pickle\n@dataclasses.dataclass\nclass A:\n    x: 'int'\n"
          "def f(x): return pickle.loads(pickle.dumps(A(x))).x + 1", TEST),
         ("open('a', 'w').write('3')\nprint(open('a').read())", SUM),
+        ("from re import *\ndef f(x): return x + 1", TEST),
+        ("compile = 3\nexec = os = sys = main = start = None\ndef f(x): return x + 1", TEST),
+        ("import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer)\nprint(3)", SUM),
+        ("import sys\nsys.stdout = None\ndef f(x): return x + 1", TEST),
         ("import os, sys\nassert not os.listdir() and len(sys.argv) == 1\nprint(3)", SUM),
     ],
 )  # fmt: skip
@@ -56,6 +66,11 @@ def test_a_program_that_is_right_passes(program, case):
         ("print(3)\nimport os\nos._exit(1)", SUM),
         ("def f(x): return x + 1\nimport sys\nsys.exit(0)", TEST),
         ("import os\nos._exit(0)", TEST),
+        ("def exec(*_): pass", TEST),
+        ("exec = print", TEST),
+        ("import builtins\nbuiltins.exec = builtins.compile = print", TEST),
+        (f"import sys\n{SAYS}for value in sys._getframe(1).f_locals.values(): say(value)\nos._exit(0)", TEST),
+        (f"{SAYS}for word in open('/proc/self/cmdline').read().split(chr(0)): say(word)\nos._exit(0)", TEST),
         ("import os\nos.kill(os.getpid(), 9)", SUM),
         ("import ctypes\nctypes.string_at(0)", SUM),
     ],

@@ -1,6 +1,7 @@
 """The state of a reward in a worker process: kept when the worker is not, saved, restored, or refused."""
 
 import pytest
+from lightning.pytorch import Trainer
 
 from drpo_lightning.callbacks import ExactMatchReward, IsolatedReward
 from drpo_lightning.errors import SettingError
@@ -73,6 +74,12 @@ def test_what_cannot_be_kept_is_refused():
         IsolatedReward(CountingPlain(), num_workers=1)
     with pytest.raises(SettingError, match=r"'counting' must be at most 49152 bytes as JSON, got 500"):
         IsolatedReward(TooLarge(), num_workers=1)
+
+
+def test_on_several_ranks_it_is_refused(isolated):
+    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
+    with pytest.raises(SettingError, match=r"'counting' has a state .* each of 2 ranks would have its own"):
+        isolated().setup(trainer, None, "fit")
 
 
 def test_a_reward_without_a_state_has_none_to_be_given(isolated):
