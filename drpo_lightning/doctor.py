@@ -169,6 +169,13 @@ def check_ports() -> Iterator[Finding]:
         yield Finding("ok", "loopback", f"a port was opened and reached ({port})")
 
 
+def check_path() -> Iterator[Finding]:
+    """Whether the environment lies where the dynamic linker can preload libraries from, as vLLM on a CPU does."""
+    if " " in sys.prefix:
+        advice = "vLLM on a CPU cannot preload its libraries from there: it prints errors of ld.so, and goes on without"
+        yield Finding("note", "path", f"{sys.prefix!r} has a space", f"{advice}; move it to a path without one")
+
+
 def check_limits() -> Iterator[Finding]:
     """Space on the disk, shared memory, and open files."""
     folders = {"this folder": Path.cwd(), "temporary files": Path(tempfile.gettempdir()), "model cache": _hub_cache()}
@@ -238,6 +245,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_accelerator,
     check_vllm,
     check_ports,
+    check_path,
     check_limits,
     check_compiler,
     check_hub,

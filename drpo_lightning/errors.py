@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
 
 
 class SettingError(ValueError):
@@ -29,7 +31,12 @@ def loading_model(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = str(error).strip().splitlines()
+        parent = Path(name).expanduser().parent
+        names = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+        close = get_close_matches(Path(name).name, names, n=1)
+        meant = f" There is a folder {str(parent / close[0])!r}: is it meant?" if close else ""
         raise SettingError(
             f"`model.model` {name!r} cannot be loaded: {reason[0] if reason else type(error).__name__} Check the name, "
-            "or give the folder of a model that you have downloaded; `drpo doctor` says whether the hub is reached"
+            "or give the folder of a model that you have downloaded; `drpo doctor` says whether the hub is reached."
+            f"{meant}"
         ) from error

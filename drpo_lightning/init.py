@@ -192,7 +192,7 @@ def configuration(
         raise SettingError(f"`--task` must be one of {list(TASKS)}, got {task!r}")
     if gpus < 0:
         raise SettingError(f"`--gpus` must be 0 (a CPU) or positive, got {gpus}")
-    chosen = TASKS[task]
+    chosen = _fitted(TASKS[task], Path(model).expanduser())
     ranks = max(gpus, 1)
     num_prompts = -(-MIN_PROMPTS // ranks) * ranks
     size = num_prompts * GROUP_SIZE // NUM_UPDATES // ranks
@@ -235,6 +235,20 @@ def configuration(
         num_updates=NUM_UPDATES,
         max_tokens=chosen.max_tokens,
     )
+
+
+def _fitted(task: Task, folder: Path) -> Task:
+    """The task as a model that lies in a folder can do it: without a chat template, within its context."""
+    if not (folder / "config.json").is_file():
+        return task
+    context = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    if context:
+        task = task._replace(max_tokens=min(task.max_tokens, context // 2))
+    settings = folder / "tokenizer_config.json"
+    in_settings = settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    if not in_settings and not (folder / "chat_template.jinja").is_file():
+        task = task._replace(prompt_format="raw")
+    return task
 
 
 def _run_name(path: str) -> str:

@@ -186,6 +186,7 @@ def test_what_is_null_in_a_file_is_named(run, capsys, tmp_path, section, message
         (["--trainer.callbacks=null"], r"`trainer\.callbacks` has no reward"),
         (["--data.prompts=FilePrompts", "--data.prompts.path=nowhere.jsonl"], r"'nowhere\.jsonl' does not exist"),
         (["--model.model=models/nowhere"], r"`model\.model` 'models/nowhere' cannot be loaded: .*drpo doctor"),
+        (["--model.model=models/arithmatic"], r"There is a folder 'models/arithmetic': is it meant\?"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )

@@ -104,6 +104,14 @@ def test_without_a_compiler_there_is_advice(monkeypatch, tmp_path):
     assert finding.status == "note"
 
 
+def test_a_path_with_a_space_is_noted(monkeypatch):
+    monkeypatch.setattr(sys, "prefix", "/home/a b/.venv")
+    (finding,) = found(doctor.check_path)
+    assert finding.status == "note"
+    monkeypatch.setattr(sys, "prefix", "/home/ab/.venv")
+    assert found(doctor.check_path) == []
+
+
 def test_few_open_files_and_a_full_disk_are_noted(monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))

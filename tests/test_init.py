@@ -41,6 +41,14 @@ def _not_run(monkeypatch):
     return {"trainer_defaults": TRAINER_DEFAULTS, "auto_configure_optimizers": False}
 
 
+def test_a_model_in_a_folder_gets_prompts_that_it_can_take():
+    config = yaml.safe_load(configuration(model=MODEL, task="math").replace("${seed_everything}", "0"))
+    assert config["data"]["prompt_format"] == "raw"
+    assert config["data"]["sampling"]["max_tokens"] == 256
+    elsewhere = yaml.safe_load(configuration(model="Qwen/Qwen3-4B", task="math").replace("${seed_everything}", "0"))
+    assert (elsewhere["data"]["prompt_format"], elsewhere["data"]["sampling"]["max_tokens"]) == ("chat", 8192)
+
+
 @pytest.mark.parametrize("name", ["my data, v1.jsonl", "C: #1.jsonl", "it's {one}.jsonl"])
 def test_any_name_is_read_back_as_it_is(name):
     text = configuration(model=f"models/{name}", task="file", data=name, path=f"{name}.yaml")
