@@ -46,7 +46,7 @@ test-browser: setup
 	@DRPO_PICTURES=docs $(RUN) -m pytest -m browser tests/browser
 
 test-reliability: setup
-	@$(RUN) -m pytest -m reliability
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m reliability
 
 soak: setup
 	@$(RUN) benchmarks/soak.py

@@ -20,7 +20,7 @@ def updates_completed(trainer: "Trainer", pl_module: "LightningModule") -> int:
     """
     if trainer.state.fn != "validate":
         return int(trainer.global_step)
-    return int(getattr(pl_module, "checkpoint_step", 0))
+    return int(trainer.global_step or getattr(pl_module, "checkpoint_step", 0))
 
 
 def log_metrics(
@@ -30,7 +30,8 @@ def log_metrics(
 
     `LightningModule.log` puts epoch ends one step lower and says nothing during the validation before the first
     update, and that a checkpoint which is validated has none behind it. The values are also Lightning's callback
-    metrics, for `ModelCheckpoint`, `EarlyStopping` and the like, and what `trainer.validate` returns.
+    metrics, for `ModelCheckpoint`, `EarlyStopping` and the like, and what `trainer.validate` returns: there Lightning
+    logs them itself.
 
     Args:
         trainer: the trainer; its loggers are written to, on rank 0.
@@ -39,8 +40,14 @@ def log_metrics(
         is_epoch_end: True in a hook at the end of an epoch, where Lightning wants the ranks averaged all the same.
     """
     values = {name: float(value) for name, value in metrics.items()}
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=updates_completed(trainer, pl_module))
+    step = updates_completed(trainer, pl_module)
+    is_validation_alone = trainer.state.fn == "validate"
+    if is_validation_alone:
+        values["step"] = step  # what Lightning takes as the place on the x axis
+    else:
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+    by_lightning = None if is_validation_alone else False
     # On one rank it changes nothing; vLLM in this process has a process group, and Lightning would warn.
     is_synced = is_epoch_end or trainer.world_size == 1
-    pl_module.log_dict(values, logger=False, batch_size=1, sync_dist=is_synced)
+    pl_module.log_dict(values, logger=by_lightning, batch_size=1, sync_dist=is_synced)

@@ -212,7 +212,7 @@ COMMANDS = [(str(block), command) for block in BLOCKS for command in commands(bl
 
 @pytest.mark.parametrize(("place", "command"), COMMANDS, ids=[place for place, _ in COMMANDS])
 def test_options_in_the_documentation_are_accepted(place, command, tmp_path, monkeypatch, own_rewards):
-    arguments = shlex.split(command)
+    arguments = cli.with_values_of_flags(shlex.split(command))
     for i, argument in enumerate(arguments):
         if arguments[i - 1] == "--config" and not (ROOT / argument).exists():  # one that the page has shown before
             arguments[i] = "configs/quickstart.yaml"

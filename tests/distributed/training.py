@@ -100,7 +100,7 @@ class RecordedRollout(LightningDataModule):
             group_size=NUM_VALIDATION_SAMPLES,
             rewards=torch.tensor([1.0, 0.25] * len(prompts)),
         )
-        return {0: ValidationBatch(rollout)}.values()
+        return {0: ValidationBatch(rollout, {})}.values()
 
     def on_before_batch_transfer(self, batch, dataloader_idx):
         """The micro-batch as it was made, see `RolloutDataModule`."""

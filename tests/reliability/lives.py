@@ -42,6 +42,8 @@ def live(life, rank):
     os.environ.update(life.environment)
     if life.num_ranks > 1:
         os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(life.port))
+    # A command that a shell runs in the background ignores Ctrl-C, and what it starts does so too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Whatever seeds a fresh interpreter has drawn: nothing may hang on them.
     random.seed()
     sys.argv = ["drpo", *life.arguments]
