@@ -96,9 +96,9 @@ def server_command(
         *("--weight-transfer-config", json.dumps({"backend": transfer})),
     ]
     if transfer == "drpo_http":
-        words += ["--worker-extension-cls", "drpo_lightning.rollout.server_worker.WeightReceiver"]
+        words += ["--worker-extension-cls", "drpo_lightning.rollout.server.worker.WeightReceiver"]
     if api_key_env is not None:
-        words += ["--middleware", "drpo_lightning.rollout.server_guard.RequireKey"]
+        words += ["--middleware", "drpo_lightning.rollout.server.guard.RequireKey"]
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if on_cpu:
         # vLLM compiles the ranking of logprobs at the first request, even when eager: it would need a C++ compiler.

@@ -31,6 +31,7 @@ class RolloutEngine(ABC):
         cache_block_tokens: tokens of one block of the prefix cache; 0 without one.
         context_tokens: most tokens of a sequence; known once started.
         dtype_name: precision of the engine's weights, `float32`, `bfloat16`, `fp8` and so on; known once started.
+        is_shared: True for one that all ranks ask, each for itself, without a copy of it for each.
         max_context_tokens: most tokens of a sequence as configured; None leaves it to the model.
         max_restarts: failures in a row after which it is started again; 0 where it cannot be, as in the trainer's
             process.
@@ -41,6 +42,7 @@ class RolloutEngine(ABC):
     cache_block_tokens: int = 0
     context_tokens: int = 0
     dtype_name: str = ""
+    is_shared: bool = False
     max_context_tokens: int | None = None
     max_restarts: int = 0
     num_restarts: int = 0

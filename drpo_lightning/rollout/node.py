@@ -15,13 +15,14 @@ from torch import distributed as dist
 from drpo_lightning.batch import Completion, Sampling
 from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout.engine import EngineError, RolloutEngine
-from drpo_lightning.rollout.server import VLLMServerEngine
+from drpo_lightning.rollout.ranks import attempt
 from drpo_lightning.rollout.weights import WeightStream
+from drpo_lightning.rollout.wrapped import WrappedEngine
 
 T = TypeVar("T")
 
 
-class NodeEngine(RolloutEngine):
+class NodeEngine(WrappedEngine):
     """Shares one engine among the trainer's ranks of a machine: the first of them, the leader, has it.
 
     The prompts of all its ranks are generated in one call, and each rank gets the completions of its own prompts.
@@ -41,22 +42,16 @@ class NodeEngine(RolloutEngine):
     def __init__(self, engine: RolloutEngine, timeout_seconds: float = 7200.0) -> None:
         if not timeout_seconds > 0:
             raise ValueError(f"`timeout_seconds` must be positive, got {timeout_seconds}")
-        if isinstance(engine, VLLMServerEngine):
-            raise ValueError("`VLLMServerEngine` is shared by all ranks already: use it without `NodeEngine`")
-        super().__init__(engine.sleep_mode)
-        self.engine = engine
+        if engine.is_shared:
+            raise ValueError(f"`{type(engine).__name__}` is shared by all ranks already: use it without `NodeEngine`")
+        super().__init__(engine)
         self.timeout_seconds = timeout_seconds
-        self.max_context_tokens = engine.max_context_tokens
         self.dtype_name = engine.dtype_name
         self.max_restarts = engine.max_restarts
         self._group: dist.ProcessGroup | None = None
         self._knows_group = False
         self._can_sleep = False
         self._is_started = False
-
-    def check_available(self) -> None:
-        """Raises `SettingError` if what the engine needs is not installed."""
-        self.engine.check_available()
 
     @property
     def is_started(self) -> bool:
@@ -67,11 +62,6 @@ class NodeEngine(RolloutEngine):
     def can_sleep(self) -> bool:
         """True if the leader's engine can."""
         return self._can_sleep
-
-    @property
-    def supports_adapters(self) -> bool:
-        """True if the shared engine has `load_adapter`."""
-        return self.engine.supports_adapters
 
     @property
     def _is_leader(self) -> bool:
@@ -210,14 +200,8 @@ class NodeEngine(RolloutEngine):
         """What `compute` gives for each rank of the machine, or its error for each; nothing but on the leader."""
         if not self._is_leader:
             return ()
-        try:
-            return compute()
-        except (EngineError, SettingError) as error:
-            return [error] * self._num_ranks
-        except Exception as error:  # noqa: BLE001 - whatever it is, each rank has to learn of it
-            failure = EngineError(f"{type(error).__name__}: {error}")
-            failure.__cause__ = error
-            return [failure] * self._num_ranks
+        outcome = attempt(compute)
+        return [outcome] * self._num_ranks if isinstance(outcome, EngineError | SettingError) else outcome
 
     def _share(self, method: str, parts: "Sequence[T | EngineError | SettingError]") -> T:
         """This rank's one of the leader's parts, raised if it is an error."""

@@ -3,24 +3,24 @@
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import timedelta
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from drpo_lightning.batch import Completion, Sampling
 from drpo_lightning.rollout.engine import EngineError, RolloutEngine
+from drpo_lightning.rollout.ranks import Ranks
 from drpo_lightning.rollout.weights import WeightStream
+from drpo_lightning.rollout.wrapped import WrappedEngine
 
 T = TypeVar("T")
 LEAST_WAIT_SECONDS = 7200.0
 """What the ranks wait for each other at least: in it one of them may start an engine, or sample a rollout."""
 
 
-class SupervisedEngine(RolloutEngine):
+class SupervisedEngine(WrappedEngine):
     """An engine that is ended, started again, given the trainer's weights and asked again when it fails.
 
     `start`, `load_weights`, `load_adapter` and `generate` are collective over all ranks. After each of them the ranks
@@ -36,11 +36,9 @@ class SupervisedEngine(RolloutEngine):
     """
 
     def __init__(self, engine: RolloutEngine) -> None:
-        super().__init__(engine.sleep_mode)
-        self.engine = engine
-        self.max_context_tokens = engine.max_context_tokens
+        super().__init__(engine)
         self.timeout_seconds = max(LEAST_WAIT_SECONDS, 2 * engine.timeout_seconds)
-        self._group: dist.ProcessGroup | None = None
+        self._ranks = Ranks(self.timeout_seconds)
         self._start: Callable[[], None] = engine.close
         self._load: Callable[[Iterable[tuple[str, Tensor]]], None] = engine.load_weights
         self._weights: Iterable[tuple[str, Tensor]] = ()
@@ -48,24 +46,10 @@ class SupervisedEngine(RolloutEngine):
         """Of this rank's engine, which is of no use until it is started again."""
         self._num_in_a_row = 0
 
-    def check_available(self) -> None:
-        """Raises `SettingError` if what the engine needs is not installed."""
-        self.engine.check_available()
-
     @property
     def is_started(self) -> bool:
         """True between `start` and `close`, also if the engine has failed since."""
         return self._failure is not None or self.engine.is_started
-
-    @property
-    def can_sleep(self) -> bool:
-        """True if the engine can."""
-        return self.engine.can_sleep
-
-    @property
-    def supports_adapters(self) -> bool:
-        """True if the engine has `load_adapter`."""
-        return self.engine.supports_adapters
 
     def start(
         self,
@@ -89,8 +73,7 @@ class SupervisedEngine(RolloutEngine):
                 adapter_rank=adapter_rank,
             )
 
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(timeout=timedelta(seconds=self.timeout_seconds), backend="gloo")
+        self._ranks.join()
         self._start = start
         self._attempt(start)
         if any(failures := self._failures()):
@@ -202,7 +185,7 @@ class SupervisedEngine(RolloutEngine):
 
     def _warn(self, message: str) -> None:
         """Warns, on the first rank, of what all ranks know."""
-        if self._group is None or self._group.rank() == 0:
+        if self._ranks.number == 0:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _give_up(self, failures: Sequence[str]) -> NoReturn:
@@ -214,18 +197,7 @@ class SupervisedEngine(RolloutEngine):
 
     def _failures(self) -> list[str]:
         """What has failed on each rank, nothing where the engine is well. Collective."""
-        own = "" if self._failure is None else str(self._failure) or repr(self._failure)
-        if self._group is None:
-            return [own]
-        failures = [""] * self._group.size()
-        try:
-            dist.all_gather_object(failures, own, group=self._group)
-        except RuntimeError as error:
-            raise EngineError(
-                f"another rank ended, or did not come within {self.timeout_seconds:g} s; its own output says why: "
-                f"{error}"
-            ) from error
-        return failures
+        return self._ranks.gather("" if self._failure is None else str(self._failure) or repr(self._failure))
 
     def _sleep(self) -> None:
         self._attempt(self.engine.sleep)
@@ -240,7 +212,8 @@ class SupervisedEngine(RolloutEngine):
 
     def close(self) -> None:
         """Ends the engine. Not collective."""
-        self._failure = self._group = None
+        self._failure = None
+        self._ranks.leave()
         self._weights = ()
         self.engine.close()
 

@@ -11,10 +11,10 @@ import torch
 
 from drpo_lightning.batch import Sampling
 from drpo_lightning.errors import SettingError
-from drpo_lightning.rollout import server_weights
-from drpo_lightning.rollout.server_guard import RequireKey
-from drpo_lightning.rollout.server_messages import completions_in, generate_message
-from drpo_lightning.rollout.server_weights import buckets, unpacked, update_message
+from drpo_lightning.rollout.server import weights as server_weights
+from drpo_lightning.rollout.server.guard import RequireKey
+from drpo_lightning.rollout.server.messages import completions_in, generate_message
+from drpo_lightning.rollout.server.weights import buckets, unpacked, update_message
 from drpo_lightning.serve import OWN_OPTIONS, main, server_command
 
 CPU = torch.device("cpu")
@@ -200,7 +200,7 @@ def test_an_open_address_needs_a_key_or_a_confirmation(host):
     with pytest.raises(SettingError, match=r"`--host .* lets others reach the server.*SECURITY\.md"):
         server_command("model", host=host)
     server_command("model", host=host, trusted_network=True)
-    assert "drpo_lightning.rollout.server_guard.RequireKey" in server_command("model", host=host, api_key_env="K").words
+    assert "drpo_lightning.rollout.server.guard.RequireKey" in server_command("model", host=host, api_key_env="K").words
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])

@@ -5,7 +5,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from drpo_lightning.rollout.server_weights import HTTP_BACKEND, unpacked
+from drpo_lightning.rollout.server.weights import HTTP_BACKEND, unpacked
 
 CONFIG = {
     "model_config": {

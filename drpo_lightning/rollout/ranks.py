@@ -1,4 +1,4 @@
-"""The trainer's ranks as users of the same servers: the first one leads, and a failure of one is one of all."""
+"""The trainer's ranks as users of engines: what one of them meets, all learn of."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,11 +13,15 @@ T = TypeVar("T")
 
 
 def attempt(compute: Callable[[], T]) -> "T | EngineError | SettingError":
-    """The result, or the error."""
+    """The result, or the error; whatever it is, the other ranks have to learn of it."""
     try:
         return compute()
     except (EngineError, SettingError) as error:
         return error
+    except Exception as error:  # noqa: BLE001
+        failure = EngineError(f"{type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
 
 
 class Ranks:
@@ -59,13 +63,18 @@ class Ranks:
             raise outcome
         return outcome
 
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, in their order. Collective."""
+        values: list[Any] = [value]
+        if self._group is not None:
+            values *= self._group.size()
+            self._wait(lambda: dist.all_gather_object(values, value, group=self._group))
+        return values
+
     def agree(self, outcome: "T | EngineError | SettingError") -> T:
         """Each rank its own outcome; raised on every rank if one is an error. Collective."""
         failure = outcome if isinstance(outcome, EngineError | SettingError) else None
-        failures: list[Any] = [failure]
-        if self._group is not None:
-            failures *= self._group.size()
-            self._wait(lambda: dist.all_gather_object(failures, failure, group=self._group))
+        failures = self.gather(failure)
         if failure is not None:
             raise failure
         for number, other in enumerate(failures):

@@ -15,10 +15,10 @@ from torch import Tensor
 from drpo_lightning.batch import Completion
 from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout.engine import EngineError
-from drpo_lightning.rollout.server_client import ServerError, ServerInfo, VLLMServer
-from drpo_lightning.rollout.server_loop import BackgroundLoop
-from drpo_lightning.rollout.server_nccl import NCCLSender
-from drpo_lightning.rollout.server_weights import NCCL_BACKEND, Bucket, buckets, update_message
+from drpo_lightning.rollout.server.client import ServerError, ServerInfo, VLLMServer
+from drpo_lightning.rollout.server.loop import BackgroundLoop
+from drpo_lightning.rollout.server.nccl import NCCLSender
+from drpo_lightning.rollout.server.weights import NCCL_BACKEND, Bucket, buckets, update_message
 
 POLL_SECONDS = 1.0
 WATCH_SECONDS = 5.0

@@ -11,8 +11,8 @@ import torch
 
 from drpo_lightning.batch import Completion
 from drpo_lightning.errors import SettingError
-from drpo_lightning.rollout.server_messages import completions_in
-from drpo_lightning.rollout.server_weights import HTTP_BACKEND, NCCL_BACKEND
+from drpo_lightning.rollout.server.messages import completions_in
+from drpo_lightning.rollout.server.weights import HTTP_BACKEND, NCCL_BACKEND
 
 MAX_REASON_CHARACTERS = 500
 WORTH_ANOTHER_TRY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}

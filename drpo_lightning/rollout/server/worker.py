@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from drpo_lightning.rollout.server_weights import HTTP_BACKEND, unpacked
+from drpo_lightning.rollout.server.weights import HTTP_BACKEND, unpacked
 
 
 class WeightReceiver:

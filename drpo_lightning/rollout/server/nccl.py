@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from drpo_lightning.rollout.server_weights import Bucket
+from drpo_lightning.rollout.server.weights import Bucket
 
 UNIQUE_ID_KEY = "0"
 """Where PyTorch keeps the identifier of a group's first communicator in its store."""

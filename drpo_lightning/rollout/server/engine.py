@@ -11,9 +11,9 @@ from drpo_lightning.addresses import checked_url, is_loopback, key_from_environm
 from drpo_lightning.batch import Completion, Sampling
 from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout.engine import EngineError, RolloutEngine
-from drpo_lightning.rollout.server_fleet import Fleet
-from drpo_lightning.rollout.server_messages import generate_message
-from drpo_lightning.rollout.server_ranks import Ranks, attempt
+from drpo_lightning.rollout.ranks import Ranks, attempt
+from drpo_lightning.rollout.server.fleet import Fleet
+from drpo_lightning.rollout.server.messages import generate_message
 from drpo_lightning.rollout.weights import WeightStream
 
 TIMEOUTS = ("start_timeout_seconds", "generate_timeout_seconds", "sync_timeout_seconds", "stall_timeout_seconds")
@@ -56,6 +56,8 @@ class VLLMServerEngine(RolloutEngine):
         ValueError: if a setting is out of range, or an address is not of this machine and not confirmed.
         SettingError: if the environment variable is not set, or holds no key.
     """
+
+    is_shared = True
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 HTTP_BACKEND = "drpo_http"
-"""vLLM's name of a transfer in the body of the request, which `server_worker` adds to vLLM."""
+"""vLLM's name of a transfer in the body of the request, which `worker` adds to vLLM."""
 NCCL_BACKEND = "nccl"
 BUCKET_BYTES = 64 * 2**20
 """Weights travel in buckets of at most this size; a larger tensor has a bucket of its own."""
