@@ -21,6 +21,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from drpo_lightning.disk import DiskFullError, told_if_full, why_no_room, why_no_room_at
+from drpo_lightning.ranks import of_all_ranks
 
 CHECKSUMS = "checksums.json"
 SUFFIX = ".ckpt"
@@ -81,7 +82,7 @@ def save_checkpoint(trainer: Trainer, path: str | Path, *, weights_only: bool = 
     trainer.strategy.barrier()
     failures, mine = _write(trainer, partial, weights_only=weights_only)
     _raise_on_all_ranks(trainer, failures, path, partial)
-    checksums = _gathered(trainer, mine)
+    checksums = of_all_ranks(mine, trainer.world_size)
     if trainer.is_global_zero:
         if partial.is_dir():
             _write_checksums(partial, {name: entry for part in checksums for name, entry in part.items()})
@@ -109,7 +110,7 @@ def _raise_on_all_ranks(trainer: Trainer, failures: list[BaseException], path: P
     """Raises what went wrong on any rank. Collective."""
     reasons = [why_no_room(error) or why_no_room_at(partial) or "" for error in failures]
     is_failed, reason = bool(failures), reasons[0] if reasons else ""
-    everywhere = _gathered(trainer, (is_failed, reason))
+    everywhere = of_all_ranks((is_failed, reason), trainer.world_size)
     if not any(is_failed for is_failed, _ in everywhere):
         return
     reason = next((reason for _, reason in everywhere if reason), "")
@@ -121,15 +122,6 @@ def _raise_on_all_ranks(trainer: Trainer, failures: list[BaseException], path: P
             "with `--ckpt_path last`"
         )
     raise failures[0] if failures else OSError(f"the checkpoint {str(path)!r} could not be written on another rank")
-
-
-def _gathered(trainer: Trainer, mine: Any) -> list[Any]:  # noqa: ANN401
-    """What every rank gives, by rank. Collective."""
-    if trainer.world_size == 1:
-        return [mine]
-    everywhere: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(everywhere, mine)
-    return everywhere
 
 
 def remove_leftovers(folder: Path) -> None:

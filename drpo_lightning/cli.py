@@ -34,6 +34,14 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the data module gives every rank its own prompts
 }
 
+COMMAND_LINE: dict[str, Any] = {
+    "parser_kwargs": {"parser_mode": "omegaconf+", "allow_abbrev": False},
+    "trainer_defaults": TRAINER_DEFAULTS,
+    "auto_configure_optimizers": False,
+    "seed_everything_default": 0,
+}
+"""How configurations are read, whatever is done with them."""
+
 SECTIONS = {"model": PolicyModule, "data": RolloutDataModule}
 HINTS = {
     "requires a GPU accelerator": "Or take `ddp` or ModelParallelStrategy, which run on a CPU.",
@@ -206,12 +214,9 @@ def main() -> None:
                 PolicyModule,
                 RolloutDataModule,
                 held=held,
-                parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
                 save_config_callback=SaveUnresolvedConfig,
                 save_config_kwargs={"overwrite": True},
-                trainer_defaults=TRAINER_DEFAULTS,
-                auto_configure_optimizers=False,
-                seed_everything_default=0,
+                **COMMAND_LINE,
             )
     except (SettingError, DiskFullError, MisconfigurationException) as error:
         sys.exit(f"drpo: error: {error}")

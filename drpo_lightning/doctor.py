@@ -13,11 +13,13 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from packaging.requirements import Requirement
+
+from drpo_lightning.packages import installed_version
 
 GIB = 2**30
 MIN_DISK_GIB = 20.0
@@ -65,17 +67,12 @@ def check_packages() -> Iterator[Finding]:
         name = requirement.name
         if name == "vllm":
             continue
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            if extra:
-                yield Finding("note", name, "not installed", f"if it is needed: pip install 'drpo-lightning[{extra}]'")
-            else:
-                yield Finding(
-                    "problem", name, "not installed", f"pip install '{requirement.name}{requirement.specifier}'"
-                )
-            continue
-        if requirement.specifier.contains(found, prereleases=True):
+        found = installed_version(name)
+        if found is None and extra:
+            yield Finding("note", name, "not installed", f"if it is needed: pip install 'drpo-lightning[{extra}]'")
+        elif found is None:
+            yield Finding("problem", name, "not installed", f"pip install '{name}{requirement.specifier}'")
+        elif requirement.specifier.contains(found, prereleases=True):
             yield Finding("ok", name, found)
         else:
             yield Finding("problem", name, found, f"pip install '{name}{requirement.specifier}'")
@@ -121,8 +118,9 @@ def check_vllm() -> Iterator[Finding]:
             "`data.engine: drpo_lightning.rollout.TransformersEngine`",
         )
         return
-    name = next((name for name in ("vllm", CPU_WHEEL) if _installed(name)), "vllm")
-    found = f"{name} {_installed(name) or 'of unknown version'}"
+    name = next((name for name in ("vllm", CPU_WHEEL) if installed_version(name)), "vllm")
+    number = installed_version(name)
+    found = f"{name} {number or 'of unknown version'}"
     command = [sys.executable, "-c", "import vllm; from vllm import LLM, SamplingParams"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_SECONDS, check=False)
@@ -135,19 +133,12 @@ def check_vllm() -> Iterator[Finding]:
             "problem", "vLLM", f"{found} cannot be imported: {lines[-1][:200]}", "reinstall it; see the README"
         )
     elif name == CPU_WHEEL or any(
-        _belongs_to(r, "vllm") and r.specifier.contains(version(name)) for r in _vllm_ranges()
+        _belongs_to(r, "vllm") and number and r.specifier.contains(number) for r in _vllm_ranges()
     ):
         yield Finding("ok", "vLLM", found)
     else:
         ranges = ", ".join(str(requirement.specifier) for requirement in _vllm_ranges())
         yield Finding("note", "vLLM", found, f"the versions that are tested are {ranges}")
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _vllm_ranges() -> list[Requirement]:

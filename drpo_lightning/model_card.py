@@ -5,7 +5,6 @@ import math
 import os
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from drpo_lightning.datamodules.prompts import PromptSource
 from drpo_lightning.disk import whole_file
 from drpo_lightning.modules import PolicyModule
 from drpo_lightning.objectives import Objective
+from drpo_lightning.packages import installed_version
 from drpo_lightning.rewards import Reward
 from drpo_lightning.saved_config import unresolved
 
@@ -76,12 +76,8 @@ def training_record(trainer: Trainer, module: LightningModule, validation: Recor
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that are installed of those that make a difference."""
     found = {"python": platform.python_version(), "drpo-lightning": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    installed = {name: installed_version(name) for name in PACKAGES}
+    return found | {name: number for name, number in installed.items() if number is not None}
 
 
 def public_name(name: str) -> str:

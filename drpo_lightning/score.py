@@ -54,7 +54,7 @@ def read_settings(arguments: list[str]) -> Settings:
     from lightning.pytorch import Trainer
     from lightning.pytorch.cli import LightningArgumentParser
 
-    from drpo_lightning.cli import TRAINER_DEFAULTS, DRPOCommandLine
+    from drpo_lightning.cli import COMMAND_LINE, DRPOCommandLine
     from drpo_lightning.datamodules import RolloutDataModule
     from drpo_lightning.modules import PolicyModule
 
@@ -75,10 +75,7 @@ def read_settings(arguments: list[str]) -> Settings:
             PolicyModule,
             RolloutDataModule,
             held=held,
-            parser_kwargs={"parser_mode": "omegaconf+"},
-            trainer_defaults=TRAINER_DEFAULTS,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
+            **COMMAND_LINE,
             args=arguments,
             run=False,
         ).config
@@ -172,17 +169,13 @@ def score(settings: Settings, batch: "RewardBatch") -> "tuple[RewardScores, Tens
         What the rewards say, and the weighted sums, NaN for samples that are dropped.
 
     Raises:
-        SettingError: if a column is missing.
+        SettingError: if a row is nothing that a reward can score completions of.
         RewardError: if a reward fails and is to end the run.
     """
+    from drpo_lightning.datamodules.scored_rollout import check_columns
     from drpo_lightning.rewards import combine_rewards, score_rewards
 
-    for reward in settings.rewards:
-        if missing := [name for name in reward.required_columns if name not in batch.columns]:
-            raise SettingError(
-                f"the rows have no column {missing[0]!r}, which the reward {reward.name!r} needs; they have "
-                f"{sorted(batch.columns)}"
-            )
+    check_columns([batch.sample(i).columns for i in range(len(batch))], settings.rewards, "--data")
     try:
         scores = score_rewards(settings.rewards, batch)
     finally:
@@ -274,21 +267,19 @@ def write_scores(file: str, batch: "RewardBatch", scores: "RewardScores", total:
     Raises:
         SettingError: if the file cannot be written.
     """
+    from drpo_lightning.rewards.scoring import json_score
+
     try:
         with Path(file).open("w", encoding="utf-8") as opened:
             for i in range(len(batch)):
                 row = vars(batch.sample(i)) | {
-                    "reward": _number(total[i]),
-                    "rewards": {name: _number(part[i]) for name, part in scores.parts.items()},
+                    "reward": json_score(total[i]),
+                    "rewards": {name: json_score(part[i]) for name, part in scores.parts.items()},
                     "failures": {name: vars(found[i]) for name, found in scores.failures.items() if i in found},
                 }
                 opened.write(json.dumps(row, ensure_ascii=False, default=repr) + "\n")
     except OSError as error:
         raise SettingError(f"the scores cannot be written to {file!r}: {error.strerror}") from error
-
-
-def _number(value: "Tensor") -> float | None:
-    return None if value.isnan() else float(value)
 
 
 def main(arguments: Sequence[str]) -> None:

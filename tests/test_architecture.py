@@ -15,6 +15,8 @@ FLOORS = {
     "addresses": 0,
     "console": 0,
     "noise": 0,
+    "packages": 0,
+    "ranks": 0,
     "errors": 0,
     "disk": 0,
     "folder_lock": 0,

@@ -152,10 +152,8 @@ def parsed(monkeypatch, *arguments):
     return ParsedOnly(
         cli.PolicyModule,
         cli.RolloutDataModule,
-        parser_kwargs={"parser_mode": "omegaconf+"},
-        trainer_defaults=cli.TRAINER_DEFAULTS,
         save_config_callback=None,
-        auto_configure_optimizers=False,
+        **cli.COMMAND_LINE,
     ).config
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from drpo_lightning import init
+from drpo_lightning import cli, init
 from drpo_lightning.callbacks import RolloutProgress
 from drpo_lightning.datamodules.micro_batches import check_batch_sizes
 from drpo_lightning.errors import SettingError
@@ -20,25 +20,15 @@ MODEL = str(ROOT / "models" / "arithmetic")
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("lora", [False, True])
 def test_every_task_builds(task, lora, tmp_path, monkeypatch):
-    from drpo_lightning.cli import DRPOCommandLine, PolicyModule, RolloutDataModule, set_parsing_settings
-
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    built = []
+    monkeypatch.setattr(cli.DRPOCommandLine, "_run_subcommand", lambda command, subcommand: built.append(command))
     path = tmp_path / "mine.yaml"
     path.write_text(configuration(model=MODEL, task=task, lora=lora, path=str(path)))
     monkeypatch.setattr(sys, "argv", ["drpo", "fit", f"--config={path}"])
-    command = DRPOCommandLine(
-        PolicyModule, RolloutDataModule, parser_kwargs={"parser_mode": "omegaconf+"}, run=True, **_not_run(monkeypatch)
-    )
+    cli.main()
+    (command,) = built
     assert (command.model.peft is not None) == lora
     assert any(isinstance(callback, RolloutProgress) for callback in command.trainer.callbacks)
-
-
-def _not_run(monkeypatch):
-    """Builds everything and trains nothing."""
-    from drpo_lightning.cli import TRAINER_DEFAULTS, DRPOCommandLine
-
-    monkeypatch.setattr(DRPOCommandLine, "_run_subcommand", lambda self, subcommand: None)
-    return {"trainer_defaults": TRAINER_DEFAULTS, "auto_configure_optimizers": False}
 
 
 def test_a_model_in_a_folder_gets_prompts_that_it_can_take():

@@ -76,10 +76,8 @@ def build(chat_model, tmp_path, monkeypatch):
             cli.RolloutDataModule,
             args=settings(recipe, chat_model, tmp_path),
             run=False,
-            parser_kwargs={"parser_mode": "omegaconf+"},
-            trainer_defaults=cli.TRAINER_DEFAULTS,
             save_config_callback=None,
-            auto_configure_optimizers=False,
+            **cli.COMMAND_LINE,
         )
 
     return make

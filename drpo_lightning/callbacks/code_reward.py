@@ -1,12 +1,10 @@
 """Programs that the policy writes, run against tests."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from drpo_lightning.callbacks.fallible_reward import OnFailure, score_of_failures
 from drpo_lightning.callbacks.isolated_reward import IsolatedReward
-from drpo_lightning.rewards import RewardBatch
-from drpo_lightning.rewards.base import RewardOutcome
 from drpo_lightning.rewards.code_cases import code_cases
 from drpo_lightning.rewards.code_execution import CodeAnswer, ProgramLimits, check_namespaces
 
@@ -102,13 +100,3 @@ class CodeReward(IsolatedReward):
     def check_row(self, row: Mapping[str, Any]) -> None:
         """The tests must be of a known form."""
         code_cases(row[self._column])
-
-    def outcomes(self, batch: RewardBatch) -> Sequence[RewardOutcome]:
-        """Runs the programs.
-
-        Raises:
-            ValueError: if the data set's tests are of no known form, whatever `on_failure` says.
-        """
-        for tests in batch.column(self._column):
-            code_cases(tests)
-        return super().outcomes(batch)

@@ -3,7 +3,7 @@
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from drpo_lightning.batch import Rollout
-from drpo_lightning.callbacks.tensorboard import markdown_cell, tensorboard_writers
+from drpo_lightning.callbacks.tensorboard import markdown_cell, markdown_table, tensorboard_writers
 from drpo_lightning.rollout.hooks import RolloutHooks
 
 
@@ -39,10 +39,10 @@ def completion_table(rollout: Rollout, num_rows: int, max_characters: int) -> st
     """A Markdown table of the first completions of a rollout."""
     names = list(rollout.reward_parts)
     header = ["prompt", "completion", "finish", "tokens", *names, "reward"]
-    lines = [" | ".join(header), " | ".join("---" for _ in header)]
+    rows = []
     for i in range(min(num_rows, len(rollout))):
         completion = rollout.completions[i]
-        cells = [
+        row = [
             markdown_cell(rollout.prompts[i], max_characters),
             markdown_cell(rollout.texts[i], max_characters),
             completion.finish_reason,
@@ -50,5 +50,5 @@ def completion_table(rollout: Rollout, num_rows: int, max_characters: int) -> st
             *(f"{float(rollout.reward_parts[name][i]):.3g}" for name in names),
             f"{float(rollout.rewards[i]):.3g}",
         ]
-        lines.append(" | ".join(cells))
-    return "\n".join(f"| {line} |" for line in lines)
+        rows.append(row)
+    return markdown_table(header, rows)

@@ -12,6 +12,7 @@ from drpo_lightning.batch import Rollout, RolloutBatch
 from drpo_lightning.callbacks.update_statistics import completion_tokens
 from drpo_lightning.logs import log_metrics
 from drpo_lightning.metrics import LogprobComparison
+from drpo_lightning.ranks import of_all_ranks
 from drpo_lightning.rollout.hooks import RolloutHooks
 from drpo_lightning.rollout.policy import RolloutPolicy
 
@@ -115,11 +116,7 @@ class MismatchAndDrift(Callback, RolloutHooks):
     def state_dict(self) -> dict[str, Any]:
         """The completions in use and their log pi_prox, of every rank. Collective over ranks."""
         mine = {"rows": self._rows, "proximal_logprobs": self._proximal_logprobs}
-        ranks: list[Any] = [mine]
-        if self._num_ranks > 1:
-            ranks = [None] * self._num_ranks
-            torch.distributed.all_gather_object(ranks, mine)
-        return {"ranks": ranks}
+        return {"ranks": of_all_ranks(mine, self._num_ranks)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up this rank's part of `state_dict`, in the middle of a rollout."""

@@ -1,16 +1,16 @@
 """Samples with all that is known of them, as JSON lines."""
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from drpo_lightning.batch import Rollout, ValidationBatch
 from drpo_lightning.logs import updates_completed
+from drpo_lightning.ranks import of_all_ranks
+from drpo_lightning.rewards.scoring import json_score
 from drpo_lightning.rollout.hooks import RolloutHooks
 
 
@@ -64,11 +64,7 @@ class SampleWriter(Callback, RolloutHooks):
 
 def _of_all_ranks(trainer: Trainer, rollout: Rollout) -> list[dict[str, Any]]:
     """The samples of all ranks, one rank's after the other's: the order of a rollout's prompts. Collective."""
-    rows = list(sample_rows(rollout))
-    if trainer.world_size == 1:
-        return rows
-    parts: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, rows)
+    parts = of_all_ranks(list(sample_rows(rollout)), trainer.world_size)
     return [row for part in parts for row in part]
 
 
@@ -81,7 +77,7 @@ def sample_rows(rollout: Rollout) -> Iterator[dict[str, Any]]:
         `answer` (if a reward says what it is), and `columns` of the data set.
     """
     for i, completion in enumerate(rollout.completions):
-        parts = {name: _number(values[i]) for name, values in rollout.reward_parts.items()}
+        parts = {name: json_score(values[i]) for name, values in rollout.reward_parts.items()}
         yield {
             "prompt_number": rollout.prompt_numbers[i],
             "prompt": rollout.prompts[i],
@@ -89,14 +85,8 @@ def sample_rows(rollout: Rollout) -> Iterator[dict[str, Any]]:
             "finish_reason": completion.finish_reason,
             "completion_ids": list(completion.token_ids),
             "logprob": sum(completion.logprobs),
-            "reward": _number(rollout.rewards[i]),
+            "reward": json_score(rollout.rewards[i]),
             "rewards": parts,
             **({} if rollout.answers is None else {"answer": rollout.answers[i]}),
             "columns": {name: values[i] for name, values in rollout.columns.items()},
         }
-
-
-def _number(value: torch.Tensor) -> float | None:
-    """A reward as JSON knows it."""
-    number = float(value)
-    return None if math.isnan(number) else number

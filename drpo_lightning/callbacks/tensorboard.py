@@ -1,6 +1,6 @@
 """Writing to TensorBoard what Lightning's logger interface has no method for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -36,6 +36,11 @@ def write_histogram(trainer: Trainer, tag: str, histogram: Histogram) -> None:
             bucket_counts=histogram.counts.tolist(),
             global_step=trainer.global_step,
         )
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; cells that are not of our own making come from `markdown_cell`."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def markdown_cell(text: str, max_characters: int) -> str:

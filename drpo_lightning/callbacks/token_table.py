@@ -8,8 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from drpo_lightning.batch import RolloutBatch
-from drpo_lightning.callbacks.tensorboard import markdown_cell, tensorboard_writers
+from drpo_lightning.callbacks.tensorboard import markdown_cell, markdown_table, tensorboard_writers
 from drpo_lightning.callbacks.update_statistics import CompletionTokens, completion_tokens
+from drpo_lightning.ranks import of_all_ranks
 
 HEADER = ("token id", "text", "count", "share", "mean w", "mean mu", "mean pi", "A > 0")
 MAX_CHARACTERS = 100
@@ -97,12 +98,7 @@ class TokenTable(Callback):
         self._resumed = TokenCounts(**ranks[self._rank]) if len(ranks) == self._num_ranks else None
 
     def _of_all_ranks(self) -> list[TokenCounts]:
-        mine = _moved(self._counts, torch.device("cpu"))
-        ranks: list[Any] = [mine]
-        if self._num_ranks > 1:
-            ranks = [None] * self._num_ranks
-            torch.distributed.all_gather_object(ranks, mine)
-        return ranks
+        return of_all_ranks(_moved(self._counts, torch.device("cpu")), self._num_ranks)
 
 
 def _moved(counts: TokenCounts, device: torch.device) -> TokenCounts:
@@ -145,20 +141,12 @@ def token_table(counts: TokenCounts, tokenizer: Any, num_tokens: int) -> str:  #
     total = int(counts.sums[:, 0].sum())
     if not total:
         return f"None of {counts.num_tokens} tokens was masked or corrected."
-    lines = [
-        f"{total} of {counts.num_tokens} tokens ({total / counts.num_tokens:.3%}) were masked or corrected.",
-        "",
-        _line(HEADER),
-        _line(["---"] * len(HEADER)),
-    ]
+    rows = []
     order = counts.sums[:, 0].argsort(descending=True, stable=True)[:num_tokens]
     for token_id, (count, *sums) in zip(counts.token_ids[order].tolist(), counts.sums[order].tolist(), strict=True):
         weight, mu, pi, positive = (value / count for value in sums)
         text = markdown_cell(repr(tokenizer.decode([token_id])), MAX_CHARACTERS)
         means = (f"{weight:.3g}", f"{mu:.3g}", f"{pi:.3g}", f"{positive:.1%}")
-        lines.append(_line([str(token_id), text, f"{count:.0f}", f"{count / total:.1%}", *means]))
-    return "\n".join(lines)
-
-
-def _line(cells: Any) -> str:  # noqa: ANN401
-    return f"| {' | '.join(cells)} |"
+        rows.append([str(token_id), text, f"{count:.0f}", f"{count / total:.1%}", *means])
+    share = f"{total} of {counts.num_tokens} tokens ({total / counts.num_tokens:.3%})"
+    return f"{share} were masked or corrected.\n\n{markdown_table(HEADER, rows)}"

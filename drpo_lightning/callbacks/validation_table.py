@@ -4,11 +4,12 @@ from collections.abc import Mapping
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from drpo_lightning.callbacks.tensorboard import markdown_cell, tensorboard_writers
+from drpo_lightning.callbacks.tensorboard import markdown_cell, markdown_table, tensorboard_writers
 from drpo_lightning.console import figure, print_table
 from drpo_lightning.logs import updates_completed
 
 ALL = "all"
+MAX_CHARACTERS = 100
 TITLES = {
     "reward/mean": "reward",
     "completions/mean_length": "tokens",
@@ -49,7 +50,8 @@ class ValidationTable(Callback):
             title + (f" ({left_out} subsets left out)" if left_out > 0 else ""), header, rows[: self.max_rows + 1]
         )
         for writer in tensorboard_writers(trainer):
-            writer.add_text("validation", _markdown(header, rows), updates_completed(trainer, pl_module))
+            cells = [[markdown_cell(cell, MAX_CHARACTERS) for cell in row] for row in rows]
+            writer.add_text("validation", markdown_table(header, cells), updates_completed(trainer, pl_module))
 
 
 def validation_table(sizes: Mapping[str, int], metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
@@ -77,8 +79,3 @@ def validation_table(sizes: Mapping[str, int], metrics: Mapping[str, float]) -> 
 def _is_at_k(key: str, prefix: str) -> bool:
     name, _, k = key.removeprefix(prefix).partition("@")
     return key.startswith(prefix) and name in ("avg", "pass", "maj") and k.isdigit()
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *([markdown_cell(cell, 100) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 
 from drpo_lightning.batch import Rollout
@@ -13,6 +12,7 @@ from drpo_lightning.datamodules.prompt_schedule import PromptSchedule
 from drpo_lightning.datamodules.prompt_stream import PromptStream
 from drpo_lightning.datamodules.random_state import RandomState, random_state, set_random_state
 from drpo_lightning.datamodules.rollout_state import check_same_split, dealt_out, rollout_from_state, rollout_to_state
+from drpo_lightning.ranks import T, of_all_ranks
 
 
 class ResumableRollouts(LightningDataModule):
@@ -192,9 +192,5 @@ class ResumableRollouts(LightningDataModule):
         """What the split of a rollout into updates depends on."""
         return {name: getattr(self, name) for name in ("num_prompts", "group_size", "num_updates", "seed")}
 
-    def _of_all_ranks(self, value: Any) -> list[Any]:  # noqa: ANN401
-        values: list[Any] = [value]
-        if self._trainer.world_size > 1:
-            values = [None] * self._trainer.world_size
-            torch.distributed.all_gather_object(values, value)
-        return values
+    def _of_all_ranks(self, value: T) -> list[T]:
+        return of_all_ranks(value, self._trainer.world_size)

@@ -1,6 +1,6 @@
 """From rows of a data set and what the engine sampled after them to a scored rollout."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drpo_lightning.batch import Completion, Rollout
@@ -74,7 +74,7 @@ def column_names(rows: Sequence[dict[str, Any]]) -> list[str]:
     return sorted(set().union(*rows) - {"prompt", "prompt_ids"})
 
 
-def check_columns(rows: Sequence[dict[str, Any]], rewards: Sequence[Reward], key: str) -> None:
+def check_columns(rows: Sequence[Mapping[str, Any]], rewards: Sequence[Reward], key: str) -> None:
     """Raises `SettingError` if a row of the setting `key` is nothing that a reward can score completions of."""
     for reward in rewards:
         for i, row in enumerate(rows):

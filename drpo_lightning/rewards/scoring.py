@@ -170,3 +170,8 @@ def combine_rewards(
     if not (finite := total.isfinite()).all():
         raise RewardError(f"the weighted sum of the rewards of completion {int((~finite).nonzero()[0])} is not finite")
     return torch.where(kept, total, math.nan)
+
+
+def json_score(value: Tensor) -> float | None:
+    """A score as JSON has it: null for one that there is not."""
+    return None if value.isnan() else float(value)

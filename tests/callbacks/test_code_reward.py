@@ -3,8 +3,9 @@
 import pytest
 
 from drpo_lightning.callbacks import CodeReward
+from drpo_lightning.datamodules.scored_rollout import check_columns
 from drpo_lightning.errors import SettingError
-from drpo_lightning.rewards import RewardBatch, RewardError, score_rewards
+from drpo_lightning.rewards import RewardBatch
 from drpo_lightning.rewards.code_execution import check_namespaces
 
 TESTS = ["assert f(1) == 2", "assert f(2) == 3", "assert f(3) == 5"]
@@ -51,9 +52,10 @@ def test_a_late_program_has_not_passed_and_is_no_failure(share):
     assert share.score(batch(LATE, RIGHT)) == [0.0, 1.0]
 
 
-def test_tests_of_no_known_form_end_the_run_whatever_becomes_of_failures():
-    with pytest.raises(RewardError, match=r"a test must be Python as a text, .* got 5.*; it does so for prompt 'p'"):
-        score_rewards([make_reward(on_failure="drop_sample")], batch(RIGHT, tests=[5]))
+def test_rows_with_tests_of_no_known_form_are_refused_at_the_start():
+    rewards = [make_reward(on_failure="drop_sample")]
+    with pytest.raises(SettingError, match=r"`data\.prompts`: row 1: reward 'code': a test must be Python .* got 5"):
+        check_columns([{"tests": "assert True"}, {"tests": [5]}], rewards, "data.prompts")
 
 
 @pytest.mark.parametrize("setting", ["timeout_seconds", "case_timeout_seconds", "memory_limit_gib", "max_processes"])

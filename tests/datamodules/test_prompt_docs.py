@@ -21,10 +21,8 @@ def test_a_snippet_builds(snippet, tmp_path, monkeypatch):
         cli.RolloutDataModule,
         args=["--config=configs/quickstart.yaml", f"--config={tmp_path}/snippet.yaml"],
         run=False,
-        parser_kwargs={"parser_mode": "omegaconf+"},
-        trainer_defaults=cli.TRAINER_DEFAULTS,
         save_config_callback=None,
-        auto_configure_optimizers=False,
+        **cli.COMMAND_LINE,
     )
     for name in re.findall(r"drpo_lightning\.datamodules\.(\w+)", snippet)[:1]:
         assert type(built.datamodule.prompts).__name__ == name

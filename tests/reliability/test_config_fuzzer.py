@@ -53,7 +53,7 @@ def changed(config, path, value):
 
 def build(config, folder):
     """Parses and builds everything, without a model: what was printed, and whether it was refused."""
-    from drpo_lightning.cli import TRAINER_DEFAULTS, DRPOCommandLine
+    from drpo_lightning.cli import COMMAND_LINE, DRPOCommandLine
     from drpo_lightning.datamodules import RolloutDataModule
     from drpo_lightning.errors import SettingError
     from drpo_lightning.modules import PolicyModule
@@ -73,11 +73,8 @@ def build(config, folder):
                     "--trainer.strategy=auto",
                 ],
                 run=False,
-                parser_kwargs={"parser_mode": "omegaconf+"},
                 save_config_callback=None,
-                trainer_defaults=TRAINER_DEFAULTS,
-                auto_configure_optimizers=False,
-                seed_everything_default=0,
+                **COMMAND_LINE,
             )
         except SystemExit as stop:
             return f"{printed.getvalue()} {stop.code}", True
