@@ -6,6 +6,7 @@ Importing this module takes the extra `math`.
 import logging
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -14,6 +15,8 @@ from drpo_lightning.rewards.answers import last_boxed, stated_answer
 from drpo_lightning.rewards.base import Reward, RewardBatch
 
 LATEX = LatexExtractionConfig(boxed_match_priority=0)
+MAX_KNOWN_ANSWERS = 10_000
+"""Parsed answers that are kept."""
 ENVIRONMENT = re.compile(r"(?<!\\)\$(?:[^$\\]|\\.)+\$", re.DOTALL)
 
 # It warns that its timeouts are off. They are alarms, which exist in a main thread only, which do not interrupt the
@@ -58,8 +61,9 @@ class MathAnswer(Reward):
         return [] if box is None else _parsed(rf"\boxed{{{box}}}", [LATEX])
 
 
+@lru_cache(MAX_KNOWN_ANSWERS)
 def expected_answer(answer: str) -> list[Any]:
-    r"""The data set's answer as math-verify's expressions.
+    r"""The data set's answer as math-verify's expressions, parsed once: a prompt has many completions.
 
     Args:
         answer: LaTeX with or without `$` or `\\boxed`, or a solution that ends with `#### 42`, as in GSM8K.
