@@ -7,22 +7,23 @@ from urllib.parse import urlsplit
 from drpo_lightning.errors import SettingError
 
 
-def checked_url(setting: str, url: str) -> str:
-    """A URL of a server, without the slash at its end.
+def checked_url(setting: str, url: str, *, is_base: bool = True) -> str:
+    """A URL with http or https, and without a user, a password and a fragment.
 
     Args:
         setting: name of the setting that holds it.
-        url: with http or https, and with neither a user, a password, a query nor a fragment.
+        url: the URL.
+        is_base: True for one that paths are added to: it has no query, and loses the slash at its end.
 
     Raises:
         ValueError: if it is another.
     """
     parts = urlsplit(url)
-    is_plain = not (parts.username or parts.password or parts.query or parts.fragment)
+    is_plain = not (parts.username or parts.password or parts.fragment or (is_base and parts.query))
     if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
         raise ValueError(f"`{setting}` must be http://host:port or https://host:port, without a user or password")
     _ = parts.port  # raises a ValueError of its own if it is no number
-    return url.rstrip("/")
+    return url.rstrip("/") if is_base else url
 
 
 def is_loopback(url: str) -> bool:

@@ -1,17 +1,14 @@
 """A judge behind an HTTP server."""
 
-import asyncio
-import http.client
 import json
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from http import HTTPStatus
-from socket import SHUT_RDWR, socket
 from typing import Any
-from urllib.parse import urlsplit
 
-from drpo_lightning.addresses import key_from_environment
+import aiohttp
+
+from drpo_lightning.addresses import checked_url, key_from_environment
 from drpo_lightning.callbacks.async_reward import AsyncReward
 from drpo_lightning.rewards import RewardError, RewardSample
 
@@ -35,7 +32,7 @@ class HTTPJudgeReward(AsyncReward):
     Args:
         url: of the judge, with http or https and without a user or password.
         columns: columns of the data set that are sent; none by default.
-        api_key_variable: environment variable that holds a key, sent as `Authorization: Bearer <key>`. The key itself
+        api_key_env: environment variable that holds a key, sent as `Authorization: Bearer <key>`. The key itself
             stands in no configuration, log or stored failure.
         name: what it is logged as.
         settings: see `AsyncReward`.
@@ -49,33 +46,26 @@ class HTTPJudgeReward(AsyncReward):
         self,
         url: str,
         columns: list[str] | None = None,
-        api_key_variable: str | None = None,
+        api_key_env: str | None = None,
         name: str = "judge",
         **settings: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(name=name, **settings)
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-            raise ValueError("`url` must be http://host/... or https://host/..., without a user or password")
-        _ = parts.port  # raises a ValueError of its own if it is no number
+        self.url = checked_url("url", url, is_base=False)
         self.required_columns = tuple(columns or ())
-        self.api_key_variable = api_key_variable
-        self._host, self._is_secure = parts.netloc, parts.scheme == "https"
-        self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self._key()
-        self._threads: ThreadPoolExecutor | None = None
-
-    def _key(self) -> str | None:
-        return key_from_environment("api_key_variable", self.api_key_variable)
+        self.api_key_env = api_key_env
+        key_from_environment("api_key_env", api_key_env)
+        self._session: aiohttp.ClientSession | None = None
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[None]:
-        """Threads that wait for the answers."""
-        self._threads = ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="judge")
-        try:
+        """Opens a connection for each request; certificates are checked, and proxies not used."""
+        key = key_from_environment("api_key_env", self.api_key_env)
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        async with aiohttp.ClientSession(connector=connector, headers=headers) as self._session:
             yield
-        finally:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        self._session = None
 
     async def score_one(self, sample: RewardSample) -> float | None:
         """See the class."""
@@ -85,33 +75,15 @@ class HTTPJudgeReward(AsyncReward):
             body = json.dumps(request).encode()
         except (TypeError, ValueError) as error:
             raise RewardError(f"cannot send the columns {list(columns)} as JSON: {error}") from error
-        sockets: list[socket] = []
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, self._ask, body, sockets)
-        finally:  # after a timeout: a server may send a byte now and then for ever, and its thread is let go
-            for opened in sockets:
-                with suppress(OSError):
-                    opened.shutdown(SHUT_RDWR)
-
-    def _ask(self, body: bytes, sockets: list[socket]) -> float | None:
-        """Sends the request and reads the answer, in a thread."""
-        kind = http.client.HTTPSConnection if self._is_secure else http.client.HTTPConnection
-        connection = kind(self._host, timeout=self.timeout_seconds)
-        try:
-            connection.connect()
-            sockets.append(connection.sock)
-            connection.request("POST", self._target, body, self._headers())
-            with connection.getresponse() as response:
-                data = response.read(MAX_ANSWER_BYTES)
-                if response.length:  # of what was announced and did not come
-                    raise JudgeError(f"an answer that ends too early, or is longer than {MAX_ANSWER_BYTES} bytes")
-                return _score_in(response.status, data)  # type: ignore[no-any-return]
-        finally:
-            connection.close()
-
-    def _headers(self) -> dict[str, str]:
-        key = self._key()
-        return {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+        assert self._session is not None, "a batch is scored in `session`"
+        headers = {"Content-Type": "application/json"}
+        async with self._session.post(self.url, data=body, headers=headers, allow_redirects=False) as response:
+            data = bytearray()
+            async for chunk in response.content.iter_any():
+                data += chunk
+                if len(data) > MAX_ANSWER_BYTES:
+                    raise JudgeError(f"an answer longer than {MAX_ANSWER_BYTES} bytes")
+            return _score_in(response.status, bytes(data))  # type: ignore[no-any-return]
 
 
 def _score_in(status: int, data: bytes) -> Any:  # noqa: ANN401 - is checked by `AsyncReward`

@@ -1,7 +1,7 @@
 """The verifiers of `reasoning-gym` as a reward."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -56,6 +56,20 @@ class ReasoningGymReward(RewardCallback):
         self.tag = tag
         self.allow_eval = allow_eval
 
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """The verifier must not run the answer as code, unless that is allowed."""
+        if reason := self._refusal(row[self.column]["task"]):
+            raise ValueError(reason)
+
+    def _refusal(self, task: str) -> str:
+        """Why a task is not scored; empty if it is."""
+        if task not in EVALUATING_TASKS or self.allow_eval:
+            return ""
+        return (
+            f"the verifier of the reasoning-gym task {task!r} runs the policy's answers as Python code: leave the "
+            "task out, or set `allow_eval` of ReasoningGymReward and train in a container"
+        )
+
     def score(self, batch: RewardBatch) -> Sequence[float | None]:
         """Asks each problem's verifier.
 
@@ -69,11 +83,8 @@ class ReasoningGymReward(RewardCallback):
 
     def _score(self, completion: str, problem: dict[str, Any]) -> float:
         task = problem["task"]
-        if task in EVALUATING_TASKS and not self.allow_eval:
-            raise RewardError(
-                f"the verifier of the reasoning-gym task {task!r} runs the policy's answers as Python code: leave the "
-                "task out, or set `allow_eval` of ReasoningGymReward and train in a container"
-            )
+        if reason := self._refusal(task):
+            raise RewardError(reason)
         answer = completion.strip() if self.tag is None else tagged_text(completion, self.tag)
         verifier = _verifier(task, json.dumps(problem["config"], sort_keys=True))
         return float(verifier.score_answer(answer, problem["entry"]))

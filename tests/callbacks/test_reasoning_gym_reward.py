@@ -88,3 +88,10 @@ def test_a_run_is_rewarded_by_the_verifier(make_run, make_recorder):
     rollout = recorder.rollouts[0]
     for text, problem_, reward in zip(rollout.texts, rollout.columns["problem"], rollout.rewards.tolist(), strict=True):
         assert (reward == 1) == (text.strip() == problem_["entry"]["answer"])
+
+
+def test_a_verifier_that_would_run_answers_is_refused_at_the_start():
+    row = {"problem": {"task": "countdown", "config": {}, "entry": {}}}
+    with pytest.raises(ValueError, match="'countdown' runs the policy's answers as Python code"):
+        ReasoningGymReward().check_row(row)
+    ReasoningGymReward(allow_eval=True).check_row(row)
