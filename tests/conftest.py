@@ -1,6 +1,7 @@
 """What all tests share. Shapes and types of the lower floors are checked in every test."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,16 @@ def environment_is_restored():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def own_modules_end_with_their_test(tmp_path_factory):
+    """Forgets modules that were imported from a temporary folder: another test's may have the same name."""
+    yield
+    temporary = str(tmp_path_factory.getbasetemp())
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(temporary):
+            del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)

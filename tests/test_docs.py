@@ -182,8 +182,6 @@ def own_rewards(tmp_path, monkeypatch):
     """A module of rewards, for configurations that name it."""
     (tmp_path / "my_rewards.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    yield
-    sys.modules.pop("my_rewards", None)
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "yaml" and "apiVersion" in b.code], ids=str)

@@ -1,5 +1,6 @@
 """Generated tasks of `reasoning-gym`."""
 
+from decimal import localcontext
 from typing import Any
 
 from drpo_lightning.datamodules.prompts import PromptSource
@@ -44,7 +45,8 @@ class ReasoningGymPrompts(PromptSource):
                 "`ReasoningGymPrompts` needs reasoning-gym: pip install drpo-lightning[reasoning-gym]"
             ) from error
         try:
-            entries = list(create_dataset(self.task, size=self.size, seed=self.seed, **self.config))
+            with localcontext():  # decimal_arithmetic changes the precision of all decimals
+                entries = list(create_dataset(self.task, size=self.size, seed=self.seed, **self.config))
         except Exception as error:  # anything: a hundred generators check their settings, or run into them
             raise SettingError(f"the reasoning-gym task {self.task!r} cannot be made: {error}") from error
         return [

@@ -17,6 +17,14 @@ from tests.rewards.hostile import EXITS, LOOPS, Fragile, Hostile
 from tests.rewards.stateful import Answering
 
 
+@pytest.fixture
+def workers_end_with_the_run():
+    """Fails the test if a process of its own is left."""
+    before = set(multiprocessing.active_children())
+    yield
+    assert set(multiprocessing.active_children()) <= before
+
+
 def expected_scores(rollout):
     """Of each sample: a score, `error` or `timeout`."""
     totals = [sum(completion.token_ids) for completion in rollout.completions]
@@ -38,6 +46,7 @@ class Scripted(FallibleReward):
         ]
 
 
+@pytest.mark.usefixtures("workers_end_with_the_run")
 def test_a_run_drops_what_fails_counts_it_stores_it_and_ends_the_workers(
     make_run, make_memory, make_recorder, tmp_path, caplog
 ):
@@ -47,7 +56,6 @@ def test_a_run_drops_what_fails_counts_it_stores_it_and_ends_the_workers(
     run = make_run(RolloutStatistics(), recorder, rewards=[reward], trainer={"logger": logger, "max_epochs": 2})
     with caplog.at_level(logging.WARNING):
         run.fit()
-    assert not multiprocessing.active_children()
     stored = [json.loads(line) for line in (tmp_path / "reward_failures.jsonl").read_text().splitlines()]
     for epoch, rollout in enumerate(recorder.rollouts):
         expected = expected_scores(rollout)
@@ -75,6 +83,7 @@ def test_a_run_drops_what_fails_counts_it_stores_it_and_ends_the_workers(
     assert all(torch.isfinite(parameter).all() for parameter in run.module.parameters())
 
 
+@pytest.mark.usefixtures("workers_end_with_the_run")
 def test_raise_is_the_default_and_stores_the_samples_before_it_ends_the_run(make_run, tmp_path):
     run = make_run(rewards=[IsolatedReward(Fragile(), num_workers=1, timeout_seconds=0.2)])
     with pytest.raises(
@@ -83,7 +92,6 @@ def test_raise_is_the_default_and_stores_the_samples_before_it_ends_the_run(make
     ):
         run.fit()
     assert (tmp_path / "reward_failures.jsonl").read_text().count("\n") > 1
-    assert not multiprocessing.active_children()
 
 
 def test_a_score_for_failures_counts_like_any_other(make_run, make_memory, make_recorder):

@@ -1,6 +1,7 @@
 """Generated tasks of reasoning-gym as prompts."""
 
 import sys
+from decimal import getcontext
 
 import pytest
 
@@ -28,6 +29,13 @@ def test_a_row_has_question_answer_and_what_the_verifier_needs():
 
 def test_problems_are_fixed_by_the_seed():
     assert load(seed=1) == load(seed=1) != load(seed=2)
+
+
+def test_a_task_leaves_the_precision_of_decimals_as_it_is():
+    before = getcontext().prec
+    rows = ReasoningGymPrompts("decimal_arithmetic", size=2, config={"precision": 6}).load()
+    assert len(rows) == 2
+    assert getcontext().prec == before
 
 
 def test_problems_are_held_out_whatever_repeats():

@@ -38,8 +38,7 @@ def clone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "argv", sys.argv)
-    yield tmp_path
-    sys.modules.pop("my_rewards", None)
+    return tmp_path
 
 
 @pytest.mark.reliability

@@ -154,9 +154,9 @@ def test_each_machine_has_its_own_engine(ranks):
     assert [calls[:2] for *_, calls in results] == [["start 8", "generate 2"], ["start 8", "generate 1"], ["close"] * 2]
 
 
-def test_one_process_without_a_process_group_has_the_engine_for_itself(transformers_engine):
+def test_one_process_without_a_process_group_has_the_engine_for_itself():
     engine = node_engine()
-    assert generate(engine) == generate(transformers_engine)
+    assert generate(engine) == generate(start(TransformersEngine()))
     engine.load_weights(AutoModelForCausalLM.from_pretrained(MODEL).state_dict().items())
     engine.close()
     assert not engine.is_started
