@@ -9,6 +9,7 @@
 # make study        makes the study's runs that are not in study/results.jsonl yet, and docs/study.md from them
 PYTHON ?= python3
 RUN := .venv/bin/python
+WORKERS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup quickstart test test-docs test-browser test-reliability soak audit lint types unit gpu study study-smoke format lock
@@ -35,7 +36,7 @@ gpu: setup
 	@$(RUN) -m pytest -m gpu
 
 unit: setup
-	@$(RUN) -m pytest -m "not gpu and not browser and not reliability and not docs"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not browser and not reliability and not docs"
 
 test-docs: setup
 	@$(RUN) -m pip install -q "mkdocs-material>=9.8" "mkdocstrings[python]>=1.0"

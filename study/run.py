@@ -3,6 +3,8 @@
 import logging
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -116,16 +118,22 @@ def fit(
     }
 
 
-def be_quiet() -> None:
+@contextmanager
+def quiet() -> Iterator[None]:
     """Leaves the console to the table of runs."""
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "transformers")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(action="ignore"):
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
+@quiet()
 def execute(run: Run) -> dict[str, Any]:
     """Trains the small model on one core and returns a row's figures."""
-    be_quiet()
     torch.set_num_threads(1)
     seed_everything(run.seed, verbose=False)
     setting = SETTINGS[run.setting]

@@ -16,7 +16,7 @@ from drpo_lightning.modules import PolicyModule
 from drpo_lightning.rollout import VLLMEngine
 from study.grid import MAIN, OBJECTIVES, Run, row_of
 from study.pool import make
-from study.run import be_quiet, fit
+from study.run import fit, quiet
 
 RESULTS = Path(__file__).parent / "results_smollm2.jsonl"
 TEMPLATE = "What is {a} + {b}? Answer with the number only."
@@ -26,9 +26,9 @@ NUM_ROLLOUTS = 60
 NUM_UPDATES = 8
 
 
+@quiet()
 def execute(run: Run) -> dict[str, Any]:
     """Trains in bfloat16 with float32 master weights, on rollouts of vLLM in the same process."""
-    be_quiet()
     seed_everything(run.seed, verbose=False)
     model = os.environ["STUDY_MODEL"]
     module = PolicyModule(
