@@ -10,6 +10,7 @@ from inspect import signature
 from typing import Any
 
 from jsonargparse import set_parsing_settings
+from jsonargparse.typing import restricted_number_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -41,6 +42,8 @@ COMMAND_LINE: dict[str, Any] = {
     "seed_everything_default": 0,
 }
 """How configurations are read, whatever is done with them."""
+
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)], docstring="What numpy takes as a seed.")
 
 SECTIONS = {"model": PolicyModule, "data": RolloutDataModule}
 HINTS = {
@@ -87,20 +90,17 @@ class DRPOCommandLine(LightningCLI):
             parser.set_defaults({"verbose": False})
         return parser
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed; `true`, which is one that nobody chose, is refused: a run could not be repeated."""
+        seed = self.seed_everything_default
+        parser.add_argument("--seed_everything", type=Seed, default=seed, help="of all random numbers")
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Gives the data module the policy's name, and the policy the temperature of the sampling."""
         parser.add_argument("--vars", type=dict, default={}, help="free values for ${vars.name} elsewhere")
         parser.link_arguments("model.model", "data.model")
         parser.link_arguments("data.sampling.temperature", "model.temperature")
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
-        """Parses, and checks the seed, which numpy would refuse without its name."""
-        super().parse_arguments(parser, args)
-        config = self.config
-        seed = config.get(f"{config['subcommand']}.seed_everything" if "subcommand" in config else "seed_everything")
-        if isinstance(seed, int) and not 0 <= seed < 2**32:
-            parser.error(f"`seed_everything` must be 0 or positive and less than 2^32, got {seed}")
 
     def instantiate_classes(self) -> None:
         """Builds everything; a value that a class refuses is an error of the command line."""

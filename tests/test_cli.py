@@ -127,7 +127,11 @@ def test_verbose_is_the_progress_bars(build):
         (["--model.model=configs"], r"'configs' has no config\.json"),
         (["--model.aggregation=mean"], r"model\.aggregation"),
         (["--model.aggregation=seq_mean_token_sum_norm"], r"`model\.horizon` must be positive"),
-        (["--seed_everything=-1"], r"`seed_everything` must be 0 or positive and less than 2\^32, got -1"),
+        (
+            ["--seed_everything=-1"],
+            r'key "seed_everything":\s+Not of type Seed: -1 does not conform to restriction v>=0',
+        ),
+        (["--seed_everything=true"], r'key "seed_everything"'),
         (["--trainer.precision=16-mixed"], r"16-mixed needs a CUDA GPU.*set that, or 32-true"),
         (["--trainer.strategy=ModelParallelStrategy"], r"invalid strategy name.*A class is written \{class_path:"),
         (["--trainer.strategy=fsdp"], r"requires a GPU accelerator.*Or take `ddp` or ModelParallelStrategy"),
