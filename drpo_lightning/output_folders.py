@@ -43,9 +43,10 @@ def claim_output_folders(trainer: Trainer, held: ExitStack) -> None:
         held: gives the folders back when it is closed, and names the one that is full after an error that does not.
 
     Raises:
-        SettingError: if a folder cannot be written to, or another run writes there.
+        SettingError: if a folder cannot be written to, another run writes there, or the first logger has none.
     """
     if not trainer.fast_dev_run:  # type: ignore[attr-defined] # which writes nothing
+        _check_first_logger(trainer)
         _claim([*_configured_outputs(trainer), *_log_outputs(trainer, held)], held)
 
 
@@ -53,6 +54,16 @@ def claim_output_folders(trainer: Trainer, held: ExitStack) -> None:
 def claim_log_folders(trainer: Trainer, held: ExitStack) -> None:
     """As `claim_output_folders`, for the folders of loggers alone."""
     _claim(_log_outputs(trainer, held), held)
+
+
+def _check_first_logger(trainer: Trainer) -> None:
+    """Where the configuration, checkpoints and samples go."""
+    first = next(iter(trainer.loggers), None)
+    if first is not None and not isinstance(first, TensorBoardLogger | CSVLogger) and first.save_dir is None:
+        raise SettingError(
+            f"`trainer.logger`: {type(first).__name__} has no folder for the configuration, checkpoints and samples; "
+            "list TensorBoardLogger before it, see docs/logging.md"
+        )
 
 
 def _configured_outputs(trainer: Trainer) -> Iterator[Output]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from drpo_lightning.callbacks import ExportPolicy, PolicyCheckpoint, TokenExport
 from drpo_lightning.disk import DiskFullError
@@ -142,6 +142,24 @@ def test_a_run_that_is_refused_leaves_no_folder(claim, tmp_path):
 def test_a_try_run_claims_nothing(claim, tmp_path):
     claim(logger=tensorboard(tmp_path, version=3), fast_dev_run=True)
     assert not (tmp_path / "run").exists()
+
+
+class Elsewhere(Logger):
+    """A logger that has no folder, as MLFlowLogger with a database."""
+
+    name = version = experiment = "elsewhere"
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+
+def test_the_first_logger_must_have_a_folder(claim, tmp_path):
+    with pytest.raises(SettingError, match=r"Elsewhere has no folder .*list TensorBoardLogger before it"):
+        claim(logger=Elsewhere())
+    claim(logger=[tensorboard(tmp_path), Elsewhere()])
 
 
 def test_a_folder_in_a_file_is_refused(claim, tmp_path):
