@@ -17,6 +17,9 @@ class ArithmeticPrompts(PromptSource):
         num_validation: problems of the validation split.
         template: text of the prompt, with `{a}` and `{b}`.
         seed: of the order, and so of the split.
+
+    Raises:
+        ValueError: if there are no numbers to add, or a split would be empty.
     """
 
     def __init__(
@@ -27,6 +30,8 @@ class ArithmeticPrompts(PromptSource):
         template: str = "{a}+{b}=",
         seed: int = 0,
     ) -> None:
+        if max_operand < 1:
+            raise ValueError(f"`max_operand` must be positive, got {max_operand}")
         problems = (max_operand + 1) ** 2
         if not 0 < num_validation < problems:
             raise ValueError(f"`num_validation` must be between 1 and {problems - 1}, got {num_validation}")

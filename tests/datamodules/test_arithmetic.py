@@ -47,6 +47,12 @@ def test_the_template_takes_the_operands():
     assert {row["prompt"] for row in rows} <= {f"{b} and {a}, {a} first: {{x}}" for a in (0, 1) for b in (0, 1)}
 
 
+@pytest.mark.parametrize("max_operand", [-1, 0])
+def test_there_must_be_numbers_to_add(max_operand):
+    with pytest.raises(ValueError, match=f"`max_operand` must be positive, got {max_operand}"):
+        ArithmeticPrompts(max_operand=max_operand, num_validation=1)
+
+
 @pytest.mark.parametrize("num_validation", [-1, 0, 100, 101])
 def test_both_splits_must_hold_something(num_validation):
     with pytest.raises(ValueError, match=f"`num_validation` must be between 1 and 99, got {num_validation}"):
