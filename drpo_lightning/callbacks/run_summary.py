@@ -14,8 +14,8 @@ from drpo_lightning.modules import PolicyModule
 class RunSummary(Callback):
     """Prints what will be trained and how at the start; at the end the validation before and after, and the folders.
 
-    At the start: the model and its size, strategy and precision, objective and its regime, engine, completions and
-    updates per rollout, and at most how many tokens will be sampled.
+    At the start: the model and its size, strategy and precision, what computes logprobs and why, objective and its
+    regime, engine, completions and updates per rollout, and at most how many tokens will be sampled.
 
     The validation before is Lightning's sanity check: set `trainer.num_sanity_val_steps: -1`. Without it, the first
     and the latest validation are compared, and a single one stands alone.
@@ -78,7 +78,7 @@ def _print(text: str) -> None:
 
 
 def _model_lines(trainer: Trainer, module: PolicyModule) -> dict[str, str]:
-    """The model, where and how it is trained, and the objective."""
+    """The model, where and how it is trained, its logprobs, and the objective."""
     assert module.network is not None, "fit has begun"
     size = module.network.num_parameters
     adapters = "" if module.peft is None else f", LoRA of rank {module.peft.r}"
@@ -86,6 +86,7 @@ def _model_lines(trainer: Trainer, module: PolicyModule) -> dict[str, str]:
     return {
         "model": f"{module.model_name}, {_count(size)} parameters{adapters}",
         "strategy": f"{type(trainer.strategy).__name__}, {ranks}, {trainer.precision}",
+        "logprobs": module.network.describe_logprobs(),
         "objective": module.objective.describe(),
     }
 

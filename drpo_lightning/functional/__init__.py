@@ -11,7 +11,8 @@ from drpo_lightning.functional.divergences import (
     topk_kl_divergence,
     topk_tv_divergence,
 )
-from drpo_lightning.functional.logprobs import linear_token_logprobs, sampling_logprobs
+from drpo_lightning.functional.linear_logprobs import linear_token_entropies, linear_token_logprobs
+from drpo_lightning.functional.logprobs import sampling_logprobs
 from drpo_lightning.functional.ratios import (
     LOG_RATIO_CLAMP,
     importance_ratio,
@@ -38,6 +39,7 @@ __all__ = [
     "importance_ratio",
     "k1_divergence",
     "k3_divergence",
+    "linear_token_entropies",
     "linear_token_logprobs",
     "log_importance_ratio",
     "probability_shift",

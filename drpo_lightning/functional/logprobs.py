@@ -1,20 +1,9 @@
-"""Logprobs of given tokens under a language model's head, and of the distribution that a sampler draws from."""
+"""Logprobs of given tokens from logits, and of the distribution that a sampler draws from."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-
-
-def _chunk_logprobs(
-    hidden: Float[Tensor, "tokens hidden"],
-    weight: Float[Tensor, "vocab hidden"],
-    bias: Float[Tensor, " vocab"] | None,
-    targets: Int[Tensor, "tokens ..."],
-    temperature: float,
-) -> Float[Tensor, "tokens ..."]:
-    return target_logprobs(F.linear(hidden, weight, bias), targets, temperature=temperature)
 
 
 def target_logprobs(
@@ -25,48 +14,6 @@ def target_logprobs(
     if targets.ndim == 1:
         return -F.cross_entropy(logits, targets, reduction="none")
     return logits.gather(1, targets) - logits.logsumexp(1, keepdim=True)
-
-
-def linear_token_logprobs(
-    hidden: Float[Tensor, "tokens hidden"],
-    weight: Float[Tensor, "vocab hidden"],
-    targets: Int[Tensor, "tokens ..."],
-    *,
-    bias: Float[Tensor, " vocab"] | None = None,
-    temperature: float = 1.0,
-    chunk_size: int = 1024,
-) -> Float[Tensor, "tokens ..."]:
-    """`log softmax(W h / T)[target]` of each token, without ever holding the logits of all tokens.
-
-    The logits of `chunk_size` tokens exist at a time; the backward pass computes them again. Logits are turned to
-    float32 before they are normalised, whatever the precision of `hidden`.
-
-    Args:
-        hidden: last hidden states, one row per predicted token.
-        weight: the head's weight.
-        targets: token ids whose logprob is asked, one or several per token.
-        bias: the head's bias, if it has one.
-        temperature: sampling temperature T that the logits are divided by.
-        chunk_size: tokens whose logits exist at a time; the memory is `chunk_size * vocab` floats.
-
-    Returns:
-        Logprobs in nats, float32.
-    """
-    if len(targets) <= chunk_size:
-        return _chunk_logprobs(hidden, weight, bias, targets, temperature)
-    chunks = [
-        checkpoint(
-            _chunk_logprobs,
-            hidden[start : start + chunk_size],
-            weight,
-            bias,
-            targets[start : start + chunk_size],
-            temperature,
-            use_reentrant=False,
-        )
-        for start in range(0, len(targets), chunk_size)
-    ]
-    return torch.cat(chunks)
 
 
 def sampling_logprobs(

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.strategies import Strategy
 
 from drpo_lightning.modules.language_model import empty_language_model, load_language_model
+from drpo_lightning.modules.logprob_backends import TokenLogprobs
 from drpo_lightning.modules.policy_network import PolicyNetwork, head_is_linear
 from drpo_lightning.modules.sharding import fill, is_sharded, shard
 
@@ -18,7 +19,7 @@ def load_network(
     adapt: Callable[[Any], None],
     dtype: torch.dtype = torch.float32,
     temperature: float = 1.0,
-    chunk_size: int = 1024,
+    token_logprobs: TokenLogprobs = TokenLogprobs(),  # noqa: B008 - frozen
     trust_remote_code: bool = False,
 ) -> PolicyNetwork:
     """Loads a causal language model as a policy network, on the CPU or, if it is sharded, on the rank's device.
@@ -32,7 +33,7 @@ def load_network(
             weights or one whose parameters are on the meta device.
         dtype: precision of the parameters.
         temperature: see `PolicyNetwork`.
-        chunk_size: see `PolicyNetwork`.
+        token_logprobs: see `PolicyNetwork`.
         trust_remote_code: whether code that comes with the model may run.
 
     Returns:
@@ -41,7 +42,7 @@ def load_network(
 
     def network(language_model: Any, is_head_linear: bool) -> PolicyNetwork:  # noqa: ANN401
         return PolicyNetwork(
-            language_model, temperature=temperature, chunk_size=chunk_size, is_head_linear=is_head_linear
+            language_model, temperature=temperature, token_logprobs=token_logprobs, is_head_linear=is_head_linear
         )
 
     if not is_sharded(strategy):

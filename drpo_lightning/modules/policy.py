@@ -32,6 +32,7 @@ from drpo_lightning.modules.checks import (
 from drpo_lightning.modules.engine_side import EngineSide
 from drpo_lightning.modules.language_model import prepare_for_training
 from drpo_lightning.modules.loading import load_network
+from drpo_lightning.modules.logprob_backends import Backend, TokenLogprobs, choose_backend
 from drpo_lightning.modules.lora import (
     LoRA,
     attach_adapter,
@@ -83,7 +84,10 @@ class PolicyModule(EngineSide):
         reference: penalty on the divergence from a frozen reference model; none by default, and no model is loaded.
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         compile_layers: compiles the model's layers by `torch.compile`; the first steps take long. Needs a C++ compiler.
-        logprob_chunk_size: tokens whose logits exist at a time.
+        logprob_backend: what computes logprobs from the last hidden states: `chunked` (ours, any device),
+            `linear_cross_entropy` (PyTorch's, for a CPU) or `cut_cross_entropy` (Apple's, for CUDA), see
+            `drpo_lightning.modules.logprob_backends.TokenLogprobs`; `auto` takes the best for the device.
+        logprob_chunk_mib: MiB of logits that exist at a time, whatever the vocabulary.
         pass_threshold: reward from which on a validation sample counts as passed.
         max_skipped_updates: updates in succession that are left out because a logprob, the loss or the gradient is NaN
             or infinite; the next one stops the run. The samples are written to `non_finite` in the log folder.
@@ -106,7 +110,8 @@ class PolicyModule(EngineSide):
         reference: ReferencePenalty | None = None,
         gradient_checkpointing: bool = False,
         compile_layers: bool = False,
-        logprob_chunk_size: int = 1024,
+        logprob_backend: Backend = "auto",
+        logprob_chunk_mib: int = 256,
         pass_threshold: float = 1.0,
         max_skipped_updates: int = 0,
         trust_remote_code: bool = False,
@@ -121,6 +126,8 @@ class PolicyModule(EngineSide):
             )
         if max_skipped_updates < 0:
             raise ValueError(f"`model.max_skipped_updates` must be 0 or positive, got {max_skipped_updates}")
+        if logprob_chunk_mib < 1:
+            raise ValueError(f"`model.logprob_chunk_mib` must be positive, got {logprob_chunk_mib}")
         objective.check_inputs(PROVIDED_INPUTS)
         if reference is not None and reference.model is not None:
             check_model_folder(os.path.expanduser(reference.model))
@@ -139,7 +146,8 @@ class PolicyModule(EngineSide):
             self.register_state_dict_post_hook(drop_frozen_weights)  # type: ignore[no-untyped-call]
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile_layers
-        self.logprob_chunk_size = logprob_chunk_size
+        self.logprob_backend: Backend = logprob_backend
+        self.logprob_chunk_mib = logprob_chunk_mib
         self.trust_remote_code = trust_remote_code
         self.validation_statistics = ValidationStatistics(pass_threshold)
         self.checkpoint_step = 0
@@ -165,6 +173,7 @@ class PolicyModule(EngineSide):
                 "`data.sampling.temperature` must be positive, got 0: greedy samples teach nothing. To validate with "
                 "them, set `data.val_sampling`"
             )
+        choose_backend(self.logprob_backend, self.trainer.strategy.root_device)
         sampling = getattr(getattr(self.trainer, "datamodule", None), "sampling", None)
         if stage == "fit" and sampling is not None:
             check_sampling(sampling, self.objective, self.temperature)
@@ -210,10 +219,16 @@ class PolicyModule(EngineSide):
         return ReferenceModel(network)
 
     @property
+    def token_logprobs(self) -> TokenLogprobs:
+        """What computes logprobs from the last hidden states on the trainer's device."""
+        device = self.trainer.strategy.root_device
+        return choose_backend(self.logprob_backend, device, chunk_mib=self.logprob_chunk_mib)
+
+    @property
     def _network_settings(self) -> dict[str, Any]:
         return {
             "temperature": self.temperature,
-            "chunk_size": self.logprob_chunk_size,
+            "token_logprobs": self.token_logprobs,
             "trust_remote_code": self.trust_remote_code,
         }
 

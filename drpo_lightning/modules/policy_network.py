@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drpo_lightning.functional.logprobs import linear_token_logprobs, target_logprobs
+from drpo_lightning.functional.logprobs import target_logprobs
+from drpo_lightning.modules.logprob_backends import TokenLogprobs
 
 ENLARGEMENT = 1000.0
 
@@ -21,7 +22,7 @@ class PolicyNetwork(nn.Module):
     Args:
         language_model: any `AutoModelForCausalLM`.
         temperature: sampling temperature that the logits are divided by.
-        chunk_size: tokens whose logits exist at a time.
+        token_logprobs: computes logprobs from the last hidden states.
         is_head_linear: what `head_is_linear` says of the model; by default it is asked, which takes a
             model that has its weights.
 
@@ -35,13 +36,13 @@ class PolicyNetwork(nn.Module):
         language_model: Any,  # noqa: ANN401
         *,
         temperature: float = 1.0,
-        chunk_size: int = 1024,
+        token_logprobs: TokenLogprobs = TokenLogprobs(),  # noqa: B008 - frozen
         is_head_linear: bool | None = None,
     ) -> None:
         super().__init__()
         self.language_model = language_model
         self.temperature = temperature
-        self.chunk_size = chunk_size
+        self.token_logprobs = token_logprobs
         self.is_head_linear = head_is_linear(language_model) if is_head_linear is None else is_head_linear
         self.tensor_shapes = {name: tensor.shape for name, tensor in language_model.state_dict().items()}
         self.num_parameters = sum(parameter.numel() for parameter in language_model.parameters())
@@ -58,6 +59,12 @@ class PolicyNetwork(nn.Module):
         for module, name, buffer in before:
             setattr(module, name, buffer.to(getattr(module, name).device))
         return self
+
+    def describe_logprobs(self) -> str:
+        """One line: what computes logprobs from the last hidden states, and why."""
+        if self.is_head_linear:
+            return self.token_logprobs.describe()
+        return "from whole logits (the model does more to them than a linear head)"
 
     def forward(
         self,
@@ -89,13 +96,8 @@ class PolicyNetwork(nn.Module):
         if self.is_head_linear:
             hidden = self.language_model.base_model(**inputs).last_hidden_state[:, :-1][predicts]
             head = self.language_model.get_output_embeddings()
-            logprobs = linear_token_logprobs(
-                hidden,
-                head.weight,
-                targets,
-                bias=head.bias,
-                temperature=self.temperature,
-                chunk_size=self.chunk_size,
+            logprobs = self.token_logprobs(
+                hidden, head.weight, targets, bias=head.bias, temperature=self.temperature
             )
         else:
             logits = self.language_model(**inputs).logits[:, :-1][predicts]

@@ -15,6 +15,7 @@ from drpo_lightning.batch import Rollout, RolloutBatch
 from drpo_lightning.errors import SettingError
 from drpo_lightning.functional.reference_kl import ESTIMATORS, Estimator, reference_kl, reference_penalty
 from drpo_lightning.modules.loading import load_network
+from drpo_lightning.modules.logprob_backends import TokenLogprobs
 from drpo_lightning.modules.sharding import is_sharded
 
 PLACEMENTS = ("loss", "reward")
@@ -186,7 +187,7 @@ def load_frozen_network(
     *,
     dtype: torch.dtype = torch.float32,
     temperature: float = 1.0,
-    chunk_size: int = 1024,
+    token_logprobs: TokenLogprobs = TokenLogprobs(),  # noqa: B008 - frozen
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """Loads a policy network without a gradient onto the rank's device, sharded as the policy is. Collective.
@@ -198,7 +199,7 @@ def load_frozen_network(
         strategy: Lightning's strategy; called inside `configure_model`.
         dtype: precision of the parameters.
         temperature: see `PolicyNetwork`.
-        chunk_size: see `PolicyNetwork`.
+        token_logprobs: see `PolicyNetwork`.
         trust_remote_code: whether code that comes with the model may run.
     """
     network = load_network(
@@ -207,7 +208,7 @@ def load_frozen_network(
         adapt=lambda language_model: language_model.requires_grad_(False).eval(),
         dtype=dtype,
         temperature=temperature,
-        chunk_size=chunk_size,
+        token_logprobs=token_logprobs,
         trust_remote_code=trust_remote_code,
     ).eval()
     if isinstance(network, FSDPModule):  # the outermost parameters would wait, whole, for a backward pass

@@ -11,6 +11,7 @@ from drpo_lightning.batch import Sampling
 from drpo_lightning.datamodules import ArithmeticPrompts, RolloutDataModule
 from drpo_lightning.modules import PolicyModule
 from drpo_lightning.modules.checks import check_sampling
+from drpo_lightning.modules.logprob_backends import TokenLogprobs
 from drpo_lightning.objectives import (
     CISPO,
     DPPO,
@@ -433,10 +434,12 @@ def test_gradient_checkpointing_changes_nothing_but_memory(make_run):
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
 
 
-def test_small_chunks_change_nothing(make_run):
+def test_small_chunks_change_nothing(make_run, monkeypatch):
     weights = []
-    for size in (1024, 5):
-        run = make_run(module={"logprob_chunk_size": size, "optimizer": sgd})
+    for num_ids in (32, 5):
+        monkeypatch.setattr("drpo_lightning.functional.linear_logprobs.COLUMN_MULTIPLE", num_ids)
+        monkeypatch.setattr(PolicyModule, "token_logprobs", TokenLogprobs(chunk_bytes=1))
+        run = make_run(module={"optimizer": sgd})
         run.fit()
         weights.append(weights_of(run))
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)

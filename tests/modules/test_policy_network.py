@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
+from drpo_lightning.functional import linear_logprobs
 from drpo_lightning.modules import PolicyNetwork
+from drpo_lightning.modules.logprob_backends import TokenLogprobs
 
 VOCABULARY = 50
+SMALL_CHUNKS = TokenLogprobs(chunk_bytes=1)
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -115,27 +120,32 @@ def test_what_stands_in_the_padding_is_never_seen(language_model):
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 14, 15])
-def test_the_size_of_chunks_changes_nothing(llama, chunk_size):
+@pytest.mark.parametrize("num_ids", [1, 7, 49, 50])
+def test_the_size_of_chunks_changes_nothing(llama, num_ids, monkeypatch):
+    monkeypatch.setattr(linear_logprobs, "COLUMN_MULTIPLE", num_ids)
     inputs = padded()
-    whole, chunked = (PolicyNetwork(llama, chunk_size=size) for size in (1024, chunk_size))
+    whole, chunked = PolicyNetwork(llama), PolicyNetwork(llama, token_logprobs=SMALL_CHUNKS)
     torch.testing.assert_close(whole(*inputs), chunked(*inputs), rtol=1e-5, atol=1e-6)
     ours, theirs = (gradients(llama, network(*inputs).square().sum()) for network in (chunked, whole))
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-3)
 
 
-def test_a_linear_head_never_sees_all_tokens_at_once(llama, monkeypatch):
-    shapes = []
-    linear = torch.nn.functional.linear
-    monkeypatch.setattr(
-        torch.nn.functional, "linear", lambda x, w, b=None: shapes.append((len(x), len(w))) or linear(x, w, b)
-    )
-    network = PolicyNetwork(llama, chunk_size=4)
-    shapes.clear()
-    network(*padded())
-    tokens = [rows for rows, width in shapes if width == VOCABULARY]
-    assert tokens == [4, 4, 4, 2]
+def test_a_linear_head_never_makes_all_logits_at_once(llama, monkeypatch):
+    monkeypatch.setattr(linear_logprobs, "COLUMN_MULTIPLE", 20)
+    network = PolicyNetwork(llama, token_logprobs=SMALL_CHUNKS)
+    sizes = set()
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            sizes.update(tuple(t.shape) for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
+            return result
+
+    with Sizes():
+        network(*padded()).sum().backward()
+    assert {(14, 20), (14, 10)} <= sizes
+    assert not any(size[-1:] == (VOCABULARY,) for size in sizes)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -175,11 +185,12 @@ def other_tokens(input_ids, k=3):
     return torch.randint(VOCABULARY, (*input_ids.shape, k), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("chunk_size", [4, 1024])
-def test_other_tokens_are_scored_in_the_place_of_each(language_model, chunk_size):
+@pytest.mark.parametrize("num_ids", [4, 50])
+def test_other_tokens_are_scored_in_the_place_of_each(language_model, num_ids, monkeypatch):
+    monkeypatch.setattr(linear_logprobs, "COLUMN_MULTIPLE", num_ids)
     input_ids, attention_mask, completion_mask = padded()
     others = other_tokens(input_ids)
-    network = PolicyNetwork(language_model, temperature=1.3, chunk_size=chunk_size)
+    network = PolicyNetwork(language_model, temperature=1.3, token_logprobs=SMALL_CHUNKS)
     logprobs = network(input_ids, attention_mask, completion_mask, others[completion_mask])
     assert logprobs.shape == (completion_mask.sum(), 4)
     assert logprobs.dtype == torch.float32
@@ -192,7 +203,7 @@ def test_other_tokens_are_scored_in_the_place_of_each(language_model, chunk_size
 def test_what_else_is_scored_changes_neither_the_tokens_own_logprobs_nor_their_gradient(language_model):
     input_ids, attention_mask, completion_mask = padded()
     factors = torch.randn(input_ids.shape, generator=torch.Generator().manual_seed(1))
-    network = PolicyNetwork(language_model, temperature=1.3, chunk_size=5)
+    network = PolicyNetwork(language_model, temperature=1.3)
     plain = network(input_ids, attention_mask, completion_mask)
     several = network(input_ids, attention_mask, completion_mask, other_tokens(input_ids)[completion_mask])
     torch.testing.assert_close(several[:, 0], plain[completion_mask], rtol=0.0, atol=1e-5)

@@ -15,6 +15,7 @@ from drpo_lightning.errors import SettingError
 from drpo_lightning.modules import PolicyModule, PolicyNetwork, ReferencePenalty
 from drpo_lightning.modules import reference as reference_module
 from drpo_lightning.modules.language_model import load_language_model
+from drpo_lightning.modules.logprob_backends import TokenLogprobs
 from drpo_lightning.modules.lora import LoRA
 from drpo_lightning.modules.reference import ReferenceModel, adapters_disabled, load_frozen_network
 from drpo_lightning.objectives import DRPO
@@ -514,10 +515,11 @@ def test_a_network_without_adapters_cannot_be_its_own_reference(model_folder):
 
 
 def test_a_frozen_network_has_the_settings_of_the_policy(model_folder):
+    token_logprobs = TokenLogprobs(chunk_bytes=5)
     network = load_frozen_network(
-        model_folder, SingleDeviceStrategy("cpu"), dtype=torch.bfloat16, temperature=0.7, chunk_size=5
+        model_folder, SingleDeviceStrategy("cpu"), dtype=torch.bfloat16, temperature=0.7, token_logprobs=token_logprobs
     )
-    assert (network.temperature, network.chunk_size) == (0.7, 5)
+    assert (network.temperature, network.token_logprobs) == (0.7, token_logprobs)
     assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
 
 
