@@ -3,10 +3,10 @@
     python benchmarks/head.py
     python benchmarks/head.py --device cuda --precision bfloat16 --tokens 16384 --hidden 2048 --vocabulary 151936
 
-Backends run in turns. `plain` is log_softmax of all logits; `half` is `chunked` where every second token has no
-gradient, as if its group had equal rewards. Memory is the peak above what stands before: the gradients are in it,
-whose size is in the first line. Errors are those against float32 on the same rounded numbers, of the logprobs the
-largest in nats, of the gradients the norm of the difference over the norm.
+Backends run in turns; the ratios are to the first. `plain` is log_softmax of all logits; `half` is `chunked` where every
+second token has no gradient, as if its group had equal rewards. Memory is the peak above what stands before, gradients
+included, whose size is printed. Errors are those against float32 on the same rounded numbers: of the logprobs the largest
+in nats, of the gradients the norm of the difference over the norm.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--chunk-mib", type=int, default=256)
-    names = ["plain", "chunked", "half", "linear_cross_entropy", "cut_cross_entropy"]
+    names = ["plain", "chunked", "half", "compiled", "linear_cross_entropy", "cut_cross_entropy"]
     parser.add_argument("--backends", nargs="+", choices=names, default=names)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

@@ -1,6 +1,6 @@
 """Logprobs and entropies under a linear head over a vocabulary, without the logits of all tokens and ids at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ def linear_token_logprobs(
     bias: Float[Tensor, " vocab"] | None = None,
     temperature: float = 1.0,
     chunk_bytes: int = 2**28,
+    compiled: bool = False,
 ) -> Float[Tensor, "tokens ..."]:
     """`log softmax((W h + b) / T)[target]` of each token, one chunk of the vocabulary at a time.
 
@@ -37,6 +38,8 @@ def linear_token_logprobs(
         bias: the head's bias b, if it has one.
         temperature: sampling temperature T.
         chunk_bytes: logits that exist at a time, in bytes; at least 128 ids of all tokens.
+        compiled: makes one kernel each of what is between the matrix products, by `torch.compile`, if one logprob is
+            asked per token.
 
     Returns:
         Logprobs in nats, float32 (float64 if the hidden states are); NaN for an id that the vocabulary has not.
@@ -45,8 +48,8 @@ def linear_token_logprobs(
         RuntimeError: in a backward pass with `create_graph`: there is no second derivative.
     """
     columns = targets if targets.ndim == 2 else targets[:, None]
-    precision = factor_precision(hidden)
-    logprobs = _LinearLogprobs.apply(hidden, weight, bias, columns, temperature, chunk_bytes, precision)  # type: ignore[no-untyped-call]
+    settings = (temperature, chunk_bytes, factor_precision(hidden))
+    logprobs = _LinearLogprobs.apply(hidden, weight, bias, columns, settings, compiled and columns.shape[1] == 1)  # type: ignore[no-untyped-call]
     return logprobs.view(targets.shape)  # type: ignore[no-any-return]
 
 
@@ -144,11 +147,11 @@ class _LinearLogprobs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        temperature: float,
-        chunk_bytes: int,
-        precision: torch.dtype,
+        settings: tuple[float, int, torch.dtype],
+        compiled: bool,
     ) -> Tensor:
-        ctx.settings = (temperature, chunk_bytes, precision)
+        ctx.settings, ctx.compiled = settings, compiled
+        extended = _compiled(_extended) if compiled else _extended_
         with torch.autocast(hidden.device.type, enabled=False):
             chunks = _Chunks(hidden, weight, bias, *ctx.settings)
             top, total = chunks.no_normaliser()
@@ -156,10 +159,7 @@ class _LinearLogprobs(torch.autograd.Function):
             for ids, _, logits in chunks:
                 index, is_here = _within(targets, ids)
                 target_logits = torch.where(is_here, logits.gather(1, index), target_logits)
-                new_top = torch.maximum(top, logits.amax(1))
-                shifted_sum = logits.sub_(new_top[:, None]).exp_().sum(1)
-                total = total * (top - new_top).exp() + shifted_sum
-                top = new_top
+                top, total = extended(logits, top, total)
         normaliser = top + total.log()
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
         return target_logits - normaliser[:, None]
@@ -178,22 +178,21 @@ class _LinearLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             chunks = _Chunks(hidden[tokens], weight, bias, *ctx.settings)
             sums = chunks.hidden.new_zeros(chunks.hidden.shape, dtype=chunks.sum_precision)
-            grad_of_scaled = grad / chunks.temperature
+            grad = grad / chunks.temperature
+            grad_sum = grad.sum(1, keepdim=True)
+            logit_gradient = _compiled(_logit_gradient) if ctx.compiled else _logit_gradient_
             for ids, factors, logits in chunks:
-                # d logprob / d logit = (1[id = target] - p) / T
                 index, is_here = _within(targets, ids)
-                logits.sub_(normaliser).exp_().mul_(-grad_of_scaled.sum(1, keepdim=True))
-                logits.scatter_add_(1, index, grad_of_scaled * is_here)
+                grad_logits = logit_gradient(logits, normaliser, grad_sum, index, grad * is_here, factors.dtype)
                 if grad_bias is not None:
-                    grad_bias[ids] = logits.sum(0)
-                grad_logits = logits.to(factors.dtype)
+                    grad_bias[ids] = grad_logits.sum(0, dtype=sums.dtype)
                 if grad_weight is not None:
                     _multiply(grad_logits.T, chunks.hidden, out=grad_weight[ids])
                 if grad_hidden is not None:
                     _add_product(sums, grad_logits, factors)
         if grad_hidden is not None:
             grad_hidden[tokens] = sums.to(hidden.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def _within(targets: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
@@ -201,6 +200,45 @@ def _within(targets: Tensor, ids: slice) -> tuple[Tensor, Tensor]:
     index = targets - ids.start
     is_here = (index >= 0) & (targets < ids.stop)
     return index.where(is_here, 0), is_here
+
+
+def _extended_(logits: Tensor, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest logit and sum of `exp(logit - largest)`, a chunk taken in whose memory is overwritten."""
+    new_top = torch.maximum(top, logits.amax(1))
+    return new_top, total * (top - new_top).exp() + logits.sub_(new_top[:, None]).exp_().sum(1)
+
+
+def _extended(logits: Tensor, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """`_extended_` for the compiler, which keeps nothing between."""
+    new_top = torch.maximum(top, logits.amax(1))
+    return new_top, total * (top - new_top).exp() + (logits - new_top[:, None]).exp().sum(1)
+
+
+def _logit_gradient_(
+    logits: Tensor, normaliser: Tensor, grad_sum: Tensor, index: Tensor, grad: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`grad (1[id = target] - p)`, summed over the targets of a token; the memory of the logits is overwritten."""
+    logits.sub_(normaliser).exp_().mul_(-grad_sum)
+    return logits.scatter_add_(1, index, grad).to(dtype)
+
+
+def _logit_gradient(
+    logits: Tensor, normaliser: Tensor, grad_sum: Tensor, index: Tensor, grad: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`_logit_gradient_` for the compiler, of one target per token."""
+    of_others = -grad_sum * (logits - normaliser).exp()
+    is_target = torch.arange(logits.shape[1], device=logits.device) == index
+    return torch.where(is_target, of_others + grad, of_others).to(dtype)
+
+
+_COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled for tensors of any size, once in a process."""
+    if function not in _COMPILED:
+        _COMPILED[function] = torch.compile(function, dynamic=True)
+    return _COMPILED[function]
 
 
 def _multiply(a: Tensor, b: Tensor, *, out: Tensor) -> None:

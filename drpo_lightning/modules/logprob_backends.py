@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from drpo_lightning.errors import SettingError
 from drpo_lightning.functional.linear_logprobs import factor_precision, linear_token_logprobs
 
-Backend = Literal["auto", "chunked", "linear_cross_entropy", "cut_cross_entropy"]
+Backend = Literal["auto", "chunked", "compiled", "linear_cross_entropy", "cut_cross_entropy"]
 EXACT = "cce_exact"
 """Of cut-cross-entropy's kernels the one that leaves no gradient out and adds gradients up in float32."""
 CUT_CROSS_ENTROPY = "git+https://github.com/apple/ml-cross-entropy.git@d42911f"
@@ -26,7 +26,8 @@ class TokenLogprobs:
     Several targets per token are always `chunked`'s, which alone has them.
 
     Args:
-        backend: `chunked` is `drpo_lightning.functional.linear_token_logprobs`.
+        backend: `chunked` is `drpo_lightning.functional.linear_token_logprobs`, `compiled` the same with its steps
+            between the matrix products compiled, which takes a C compiler and half a minute at the start.
 
             `linear_cross_entropy` is PyTorch's, of 2.13 and later. It returns its results in the precision of its
             inputs, so they are float32 here: for a CPU, or for training in float32.
@@ -39,7 +40,7 @@ class TokenLogprobs:
         chunk_bytes: logits that exist at a time; `cut_cross_entropy` holds none.
     """
 
-    backend: Literal["chunked", "linear_cross_entropy", "cut_cross_entropy"] = "chunked"
+    backend: Literal["chunked", "compiled", "linear_cross_entropy", "cut_cross_entropy"] = "chunked"
     reason: str = "default"
     chunk_bytes: int = 2**28
 
@@ -53,9 +54,15 @@ class TokenLogprobs:
         temperature: float = 1.0,
     ) -> Float[Tensor, "tokens ..."]:
         """Logprobs in nats, float32; arguments as of `linear_token_logprobs`."""
-        if self.backend == "chunked" or targets.ndim > 1 or len(targets) == 0:
+        if self.backend in ("chunked", "compiled") or targets.ndim > 1 or len(targets) == 0:
             return linear_token_logprobs(
-                hidden, weight, targets, bias=bias, temperature=temperature, chunk_bytes=self.chunk_bytes
+                hidden,
+                weight,
+                targets,
+                bias=bias,
+                temperature=temperature,
+                chunk_bytes=self.chunk_bytes,
+                compiled=self.backend == "compiled",
             )
         if self.backend == "cut_cross_entropy":
             return _cut_cross_entropy(hidden, weight, targets, bias, temperature)

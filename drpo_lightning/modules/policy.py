@@ -84,9 +84,10 @@ class PolicyModule(EngineSide):
         reference: penalty on the divergence from a frozen reference model; none by default, and no model is loaded.
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         compile_layers: compiles the model's layers by `torch.compile`; the first steps take long. Needs a C++ compiler.
-        logprob_backend: what computes logprobs from the last hidden states: `chunked` (ours, any device),
-            `linear_cross_entropy` (PyTorch's, for a CPU) or `cut_cross_entropy` (Apple's, for CUDA), see
-            `drpo_lightning.modules.logprob_backends.TokenLogprobs`; `auto` takes the best for the device.
+        logprob_backend: what computes logprobs from the last hidden states: `chunked` (ours, any device), `compiled`
+            (the same in fewer kernels, needs a C compiler), `linear_cross_entropy` (PyTorch's, for a CPU) or
+            `cut_cross_entropy` (Apple's, for CUDA), see `drpo_lightning.modules.logprob_backends.TokenLogprobs`;
+            `auto` takes the best for the device.
         logprob_chunk_mib: MiB of logits that exist at a time, whatever the vocabulary.
         pass_threshold: reward from which on a validation sample counts as passed.
         max_skipped_updates: updates in succession that are left out because a logprob, the loss or the gradient is NaN

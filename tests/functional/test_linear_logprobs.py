@@ -1,6 +1,7 @@
 """Logprobs and entropies under a linear head against float64 references, gradients included."""
 
 import math
+import shutil
 import subprocess
 import sys
 
@@ -261,6 +262,31 @@ def test_an_id_outside_the_vocabulary_has_no_logprob():
     hidden, weight, _, _ = head()
     got = linear_token_logprobs(hidden[:3], weight, torch.tensor([0, VOCAB, -1]))
     assert got.isnan().tolist() == [False, True, True]
+
+
+COMPILED_AND_NOT = """
+import torch
+from drpo_lightning.functional import linear_token_logprobs
+
+for tokens, shape in ((23, (23,)), (40, (40,)), (40, (40, 3))):
+    hidden, weight, bias = (torch.randn(size).requires_grad_() for size in ((tokens, 8), (300, 8), (300,)))
+    targets, upstream = torch.randint(300, shape), torch.randn(shape)
+    results = []
+    for compiled in (False, True):
+        got = linear_token_logprobs(
+            hidden, weight, targets, bias=bias, temperature=0.7, chunk_bytes=1, compiled=compiled
+        )
+        results.append([got, *torch.autograd.grad((got * upstream).sum(), [hidden, weight, bias])])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(" " in sys.prefix, reason="torch.compile does not quote the paths that it hands to the compiler")
+def test_compiled_steps_give_the_same():
+    subprocess.run([sys.executable, "-c", COMPILED_AND_NOT], timeout=300, check=True)
 
 
 MEMORY_OF_A_CALL = """
