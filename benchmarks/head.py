@@ -3,10 +3,10 @@
     python benchmarks/head.py
     python benchmarks/head.py --device cuda --precision bfloat16 --tokens 16384 --hidden 2048 --vocabulary 151936
 
-Backends run in turns; the ratios are to the first. `plain` is log_softmax of all logits; `half` is `chunked` where every
-second token has no gradient, as if its group had equal rewards. Memory is the peak above what stands before, gradients
-included, whose size is printed. Errors are those against float32 on the same rounded numbers: of the logprobs the largest
-in nats, of the gradients the norm of the difference over the norm.
+Backends run in turns; the ratios are to the first. `plain` is log_softmax of all logits; `half` is `chunked` where
+every second token has no gradient, as if its group had equal rewards. Memory is the peak above what stands before,
+gradients included, whose size is printed. Errors are those against float32 on the same rounded numbers: of the logprobs
+the largest in nats, of the gradients the norm of the difference over the norm.
 """
 
 import argparse

@@ -118,11 +118,8 @@ def choose_backend(setting: Backend, device: torch.device, *, chunk_mib: int = 2
         SettingError: if the backend does not run here.
     """
     if setting == "auto":
-        return TokenLogprobs(
-            "chunked",
-            f"auto: as fast as the others on {device.type}, skips tokens without a gradient",
-            chunk_mib * 2**20,
-        )
+        reason = "auto: exact gradients on any device, none computed for tokens without one"
+        return TokenLogprobs("chunked", reason, chunk_mib * 2**20)
     if setting in CHECKS:
         CHECKS[setting](device)
     return TokenLogprobs(setting, "set", chunk_mib * 2**20)

@@ -96,9 +96,7 @@ class PolicyNetwork(nn.Module):
         if self.is_head_linear:
             hidden = self.language_model.base_model(**inputs).last_hidden_state[:, :-1][predicts]
             head = self.language_model.get_output_embeddings()
-            logprobs = self.token_logprobs(
-                hidden, head.weight, targets, bias=head.bias, temperature=self.temperature
-            )
+            logprobs = self.token_logprobs(hidden, head.weight, targets, bias=head.bias, temperature=self.temperature)
         else:
             logits = self.language_model(**inputs).logits[:, :-1][predicts]
             logprobs = target_logprobs(logits, targets, temperature=self.temperature)
