@@ -11,6 +11,7 @@ the largest in nats, of the gradients the norm of the difference over the norm.
 
 import argparse
 import ctypes
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -139,7 +140,7 @@ def main() -> None:
     for name, values in figures.items():
         ms, mib = statistics.median(values["ms"]), max(values["MiB"])
         spread = f"{min(values['ms']):.1f}..{max(values['ms']):.1f}"
-        ratios = ms / statistics.median(first["ms"]), mib / max(first["MiB"])
+        ratios = ms / statistics.median(first["ms"]), mib / (max(first["MiB"]) or math.nan)  # pages may be there
         accuracy = "  ".join(f"{error:.1e}" for error in values["errors"])
         print(f"{name:22}{ms:10.1f}{spread:>18}{ratios[0]:7.2f}{mib:10.0f}{ratios[1]:7.2f}   {accuracy}")
 
