@@ -6,7 +6,7 @@ from typing import Literal
 from drpo_lightning.objectives import DPPO, DRPO, Objective
 
 DELTA = 0.2
-THRESHOLD = 0.15
+THRESHOLD = 0.2
 HORIZON = 24
 
 
