@@ -31,9 +31,10 @@ class Terminated(BaseException):
 
 
 class EndRequest:
-    """Takes Ctrl-C and SIGTERM over while a run trains, and remembers that one came.
+    """Takes Ctrl-C and SIGTERM over while a run lasts, and remembers that one came.
 
-    Raised wherever they arrive, they could leave an optimizer step half done, or a rank waiting for another.
+    Raised wherever they arrive, they could leave an optimizer step half done, or a rank waiting for another. Lightning's
+    handler of SIGTERM broadcasts where the other ranks may be in another collective, and all would hang.
     """
 
     def __init__(self) -> None:
@@ -47,13 +48,15 @@ class EndRequest:
         self._may_end_now: Callable[[], bool] = bool
 
     def listen(self, trainer: Trainer, may_end_now: Callable[[], bool]) -> None:
-        """Takes the signals over.
+        """Takes the signals over, unless they are by now.
 
         Args:
             trainer: the trainer.
             may_end_now: says in the signal's handler whether the state is whole there, and no other rank is waiting.
         """
-        self.signal = signal.SIGTERM if trainer.received_sigterm else None  # before the training
+        if any(signal.getsignal(number) == self._receive for number in NOTICES):
+            return
+        self.signal = signal.SIGTERM if trainer.received_sigterm else None  # before
         self.is_forced = False
         self._is_global_zero = trainer.is_global_zero
         self._may_end_now = may_end_now
@@ -62,7 +65,7 @@ class EndRequest:
         if is_launched_by_lightning and trainer.local_rank > 0:
             self._exit_code = 0  # Lightning kills rank 0 when another rank that it has launched fails
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in NOTICES:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._receive)
 

@@ -85,6 +85,15 @@ class PolicyCheckpoint(ModelCheckpoint, RolloutHooks):
         ):
             strategy.checkpoint_io = StreamedCheckpointIO()
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Takes Ctrl-C and SIGTERM over."""
+        self._is_training = False
+        self._listen(trainer)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Ends the run if that has been asked for; there is nothing to save yet."""
+        self._end_if_asked(trainer)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes Ctrl-C and SIGTERM over."""
         super().on_train_start(trainer, pl_module)
@@ -94,9 +103,7 @@ class PolicyCheckpoint(ModelCheckpoint, RolloutHooks):
             self.last_model_path = self.format_checkpoint_name(
                 self._monitor_candidates(trainer), self.CHECKPOINT_NAME_LAST
             )
-        if self.save_on_exception:
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            self._end_request.listen(trainer, lambda: trainer.world_size == 1 and getattr(data, "is_sampling", False))
+        self._listen(trainer)
 
     def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Keeps what sampling changes, where it may be given up."""
@@ -140,11 +147,15 @@ class PolicyCheckpoint(ModelCheckpoint, RolloutHooks):
         self._end_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives the signals back; see `ModelCheckpoint`."""
-        self._end_request.stop_listening()
+        """See `ModelCheckpoint`. The run is at its end: Ctrl-C and SIGTERM have nothing to end any more."""
         self._is_training = False
         if not trainer.fast_dev_run:  # type: ignore[attr-defined] # where Lightning would still write `last.ckpt`
             super().on_train_end(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the signals back."""
+        super().teardown(trainer, pl_module, stage)
+        self._end_request.stop_listening()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves after Ctrl-C and SIGTERM, and after an exception on a run of one rank; not for want of room."""
@@ -188,6 +199,11 @@ class PolicyCheckpoint(ModelCheckpoint, RolloutHooks):
         put_off, self._put_off = self._put_off, []
         for save in put_off:
             save()
+
+    def _listen(self, trainer: Trainer) -> None:
+        if self.save_on_exception:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            self._end_request.listen(trainer, lambda: trainer.world_size == 1 and getattr(data, "is_sampling", False))
 
     def _end_if_asked(self, trainer: Trainer) -> None:
         if self.save_on_exception:

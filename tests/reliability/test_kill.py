@@ -263,3 +263,26 @@ def test_sigterm_of_one_of_two_ranks_ends_both_with_a_checkpoint(lives, whole, t
     printed = run_to_its_end(lives, tmp_path, [f"backward:2:0:{TERM}", f"rolled:1:0:{TERM}"], *arguments, num_ranks=2)
     assert not any("Traceback" in output for output in printed)
     assert_ended_alike(tmp_path, whole(*arguments, num_ranks=2))
+
+
+@pytest.mark.reliability
+def test_sigterm_of_one_of_two_ranks_before_the_training_ends_both(lives, tmp_path):
+    statuses, printed = lives.live(
+        tmp_path, "--trainer.strategy=ddp", kill="checking:1:0", caught=TERM[:2], num_ranks=2
+    )
+    assert statuses == [75, 75], printed[-3000:]
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("strategy", ["ddp", FSDP2], ids=["ddp", "fsdp2"])
+def test_sigterm_of_one_of_two_ranks_at_the_very_end_leaves_the_end_as_it_is(lives, whole, tmp_path, strategy):
+    arguments = (
+        "--trainer.max_epochs=2",
+        f"--trainer.strategy={strategy}",
+        "--trainer.callbacks.every_n_train_steps=50",
+    )
+    statuses, printed = lives.live(tmp_path, *arguments, kill="last:1:0", caught=TERM[:2], num_ranks=2)
+    assert statuses == [0, 0], printed[-3000:]
+    assert "the run ends before the next update" in printed
+    assert_ended_alike(tmp_path, whole(*arguments, num_ranks=2))

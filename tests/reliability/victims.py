@@ -95,7 +95,7 @@ class Killer(Callback, RolloutHooks):
     """Kills the run in a rollout, an update, a save or a validation."""
 
     def __init__(self):
-        self.moment = Moment()
+        self.moment, self.is_over = Moment(), False
 
     def setup(self, trainer, pl_module, stage):
         save, replace = torch.save, checkpoints._replace
@@ -135,6 +135,17 @@ class Killer(Callback, RolloutHooks):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if self.moment.comes_by("batch"):
+            die()
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.sanity_checking and self.moment.comes_by("checking"):
+            die()
+
+    def on_train_end(self, trainer, pl_module):
+        self.is_over = True
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        if self.is_over and self.moment.comes_by("last"):
             die()
 
     def on_validation_end(self, trainer, pl_module):
