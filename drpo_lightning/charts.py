@@ -108,6 +108,8 @@ LAYOUT: Layout = {
     },
     "Speed": {
         "sampled tokens per second": r"perf/tokens_per_second",
+        "tokens per second of generation and updates": r"perf/(generate|update)_tokens_per_second",
+        "share of the device's peak in the updates": r"perf/mfu",
         "seconds": r"perf/(generate|sync|reward|update|iteration)_seconds",
         "rollout": r"rollout/number",
         "restarts of the engine": r"engine/restarts",

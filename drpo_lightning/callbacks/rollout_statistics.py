@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from drpo_lightning.batch import Rollout
+from drpo_lightning.callbacks.throughput import UpdateWork, update_work
 from drpo_lightning.logs import log_metrics
 from drpo_lightning.rollout.engine import RolloutEngine
 from drpo_lightning.rollout.hooks import RolloutHooks
@@ -24,14 +25,19 @@ class RolloutStatistics(Callback, RolloutHooks):
     `group/zero_std_fraction` (prompts whose samples, without dropped ones, have equal rewards and so no gradient, but
     for that of a penalty); and of the iteration `perf/generate_seconds`, `perf/sync_seconds`, `perf/reward_seconds`,
     `perf/update_seconds`, `perf/iteration_seconds`, `perf/tokens_per_second` (sampled tokens over the whole iteration,
-    all ranks); `engine/restarts`, how often so far an engine that had failed was started again, where one can be; and
-    what an engine says of itself: `VLLMServerEngine` has `engine/servers` (that have the newest weights),
-    `engine/lost_servers` and `engine/retried_requests` (so far), as rank 0 sees them.
+    all ranks), `perf/generate_tokens_per_second` (sampled tokens over `perf/generate_seconds`),
+    `perf/update_tokens_per_second` (prompts and completions, without padding, over `perf/update_seconds`) and, for a
+    dense transformer on a GPU whose peak is known, `perf/mfu` (model FLOPs utilization of the updates: see
+    `ModelSize.training_flops` for what is counted, `PEAK_TFLOPS` for the peaks); `engine/restarts`, how often so far an
+    engine that had failed was started again, where one can be; and what an engine says of itself: `VLLMServerEngine`
+    has `engine/servers` (that have the newest weights), `engine/lost_servers` and `engine/retried_requests` (so far),
+    as rank 0 sees them.
     """
 
     def __init__(self) -> None:
         self._metrics: dict[str, float] = {}
         self._tokens = 0.0
+        self._work: UpdateWork | None = None
         self._started = 0.0
         self._sampled = 0.0
         self._updated = 0.0
@@ -47,6 +53,8 @@ class RolloutStatistics(Callback, RolloutHooks):
         self._tokens = self._metrics.pop("tokens")
         phases: dict[str, float] = trainer.datamodule.phase_seconds  # type: ignore[attr-defined]
         self._metrics |= {f"perf/{name}_seconds": seconds for name, seconds in phases.items()}
+        self._metrics["perf/generate_tokens_per_second"] = self._tokens / phases["generate"]
+        self._work = update_work(trainer, pl_module, rollout)
         engine: RolloutEngine = trainer.datamodule.engine  # type: ignore[attr-defined]
         if engine.max_restarts:
             self._metrics["engine/restarts"] = engine.num_restarts
@@ -65,13 +73,14 @@ class RolloutStatistics(Callback, RolloutHooks):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the speed of the iteration."""
-        if not self._sampled:
+        if self._work is None:
             return
-        seconds = self._updated - self._started
+        seconds, update_seconds = self._updated - self._started, self._updated - self._sampled
         metrics = {
-            "perf/update_seconds": self._updated - self._sampled,
+            "perf/update_seconds": update_seconds,
             "perf/iteration_seconds": seconds,
             "perf/tokens_per_second": self._tokens / seconds,
+            **self._work.metrics(update_seconds),
         }
         log_metrics(trainer, pl_module, metrics, is_epoch_end=True)
 

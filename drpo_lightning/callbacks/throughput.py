@@ -1,0 +1,67 @@
+"""How fast the updates on a rollout were: tokens per second, and the share of the device's peak."""
+
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from drpo_lightning.batch import Rollout
+from drpo_lightning.metrics.model_flops import model_size, peak_flops, product_dtype
+from drpo_lightning.modules import PolicyModule
+
+
+@dataclass(frozen=True)
+class UpdateWork:
+    """What the updates on a rollout have to do, over all ranks.
+
+    Args:
+        num_tokens: tokens of prompts and completions that are trained on, without padding.
+        model_flops: operations that they take, see `ModelSize.training_flops`; None where that is not known.
+        peak_flops: operations per second that all ranks' devices can do at best; None where that is not known.
+    """
+
+    num_tokens: float
+    model_flops: float | None
+    peak_flops: float | None
+
+    def metrics(self, update_seconds: float) -> dict[str, float]:
+        """`perf/update_tokens_per_second` and, where work and peak are known, `perf/mfu`.
+
+        Args:
+            update_seconds: what the updates took.
+        """
+        metrics = {"perf/update_tokens_per_second": self.num_tokens / update_seconds}
+        if self.model_flops is not None and self.peak_flops is not None:
+            metrics["perf/mfu"] = self.model_flops / (update_seconds * self.peak_flops)
+        return metrics
+
+
+def update_work(trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> UpdateWork:
+    """Counts the work of the updates on a rollout. Collective.
+
+    Args:
+        trainer: knows the ranks, the precision, and how much of a rollout is trained on.
+        pl_module: the policy; of another module than `PolicyModule` only the tokens are known.
+        rollout: this rank's.
+    """
+    completions = torch.tensor([len(c.token_ids) for c in rollout.completions], dtype=torch.float64)
+    sequences = completions + torch.tensor([len(ids) for ids in rollout.prompt_ids], dtype=torch.float64)
+    sums = torch.stack([sequences.sum(), completions.sum(), sequences.square().sum()]).to(pl_module.device)
+    # `overfit_batches` trains on the first micro-batches of each rollout alone.
+    micro_batches = trainer.datamodule.num_updates * trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+    trained = min(1.0, trainer.num_training_batches / micro_batches)
+    tokens, head_tokens, squares = (trained * trainer.strategy.reduce(sums, reduce_op="sum")).tolist()
+    network = pl_module.network if isinstance(pl_module, PolicyModule) else None
+    size = None if network is None else model_size(network.language_model, network.tensor_shapes)
+    flops = None
+    if size is not None:
+        flops = size.training_flops(num_tokens=tokens, num_head_tokens=head_tokens, squared_lengths=squares)
+    return UpdateWork(tokens, flops, _peak_of_all_ranks(trainer))
+
+
+def _peak_of_all_ranks(trainer: Trainer) -> float | None:
+    device = trainer.strategy.root_device
+    if device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(device), product_dtype(trainer.precision))
+    return None if peak is None else peak * trainer.world_size

@@ -1,0 +1,78 @@
+"""Speed of the updates: counted from the rollout, over all ranks, as much of it as is trained on."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from drpo_lightning.callbacks import RolloutStatistics
+from drpo_lightning.callbacks.throughput import UpdateWork, update_work
+from drpo_lightning.modules.lora import LoRA
+
+
+def sizes(rollout):
+    lengths = [len(p) + len(c.token_ids) for p, c in zip(rollout.prompt_ids, rollout.completions, strict=True)]
+    return lengths, rollout.num_completion_tokens
+
+
+def flops_by_hand(lengths, num_completion_tokens):
+    hidden, between, vocabulary, layers = 128, 352, 98, 2
+    body = layers * (4 * hidden**2 + 3 * hidden * between)
+    products = body * sum(lengths) + vocabulary * hidden * num_completion_tokens
+    return 6 * products + 6 * layers * hidden * sum(length**2 for length in lengths)
+
+
+def test_the_work_of_a_real_run(make_run, make_memory, make_recorder):
+    logger, recorder = make_memory(), make_recorder()
+    run = make_run(RolloutStatistics(), recorder, trainer={"logger": logger, "max_epochs": 2})
+    run.fit()
+    assert "perf/mfu" not in logger.scalars  # nobody knows the peak of a CPU
+    for i, rollout in enumerate(recorder.rollouts):
+        lengths, sampled = sizes(rollout)
+        seconds, speed = (logger.values(f"perf/{name}")[i] for name in ("update_seconds", "update_tokens_per_second"))
+        assert speed * seconds == pytest.approx(sum(lengths))
+        seconds, speed = (
+            logger.values(f"perf/{name}")[i] for name in ("generate_seconds", "generate_tokens_per_second")
+        )
+        assert speed * seconds == pytest.approx(sampled)
+        work = update_work(run.trainer, run.module, rollout)
+        assert work.model_flops == pytest.approx(flops_by_hand(lengths, sampled))
+        assert work.peak_flops is None
+
+
+def test_utilization_is_the_work_over_what_the_devices_could_have_done():
+    work = UpdateWork(num_tokens=100.0, model_flops=6e12, peak_flops=4e12)
+    assert work.metrics(2.0) == {"perf/update_tokens_per_second": 50.0, "perf/mfu": 0.75}
+    assert UpdateWork(100.0, None, 4e12).metrics(2.0) == {"perf/update_tokens_per_second": 50.0}
+    assert UpdateWork(100.0, 6e12, None).metrics(2.0) == {"perf/update_tokens_per_second": 50.0}
+
+
+def test_only_what_is_trained_on_counts(make_run, make_recorder):
+    recorder = make_recorder()
+    run = make_run(recorder, trainer={"overfit_batches": 1})  # of two micro-batches
+    run.fit()
+    lengths, sampled = sizes(recorder.rollouts[0])
+    work = update_work(run.trainer, run.module, recorder.rollouts[0])
+    assert work.num_tokens == pytest.approx(sum(lengths) / 2)
+    assert work.model_flops == pytest.approx(flops_by_hand(lengths, sampled) / 2)
+
+
+def test_all_ranks_count(make_run, make_recorder):
+    recorder = make_recorder()
+    run = make_run(recorder)
+    run.fit()
+    strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: 2 * tensor, root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(strategy=strategy, datamodule=run.data, accumulate_grad_batches=1, num_training_batches=2)
+    alone, both = (update_work(t, run.module, recorder.rollouts[0]) for t in (run.trainer, trainer))
+    assert both.num_tokens == 2 * alone.num_tokens
+    assert both.model_flops == pytest.approx(2 * alone.model_flops)
+
+
+def test_adapters_take_less_work(make_run, make_recorder):
+    works = []
+    for peft in (None, LoRA(r=2)):
+        recorder = make_recorder()
+        run = make_run(recorder, module={"peft": peft})
+        run.fit()
+        works.append(update_work(run.trainer, run.module, recorder.rollouts[0]))
+    assert 0.6 < works[1].model_flops / works[0].model_flops < 0.75
