@@ -1,0 +1,263 @@
+"""A step of ours against a step of TRL's GRPOTrainer, in turn, on the same machine and work.
+
+    python -m venv .venv-trl && .venv-trl/bin/pip install "trl>=1.16,<1.17"   # once; with vLLM: "trl[vllm]>=1.16,<1.17"
+    python benchmarks/step.py --preset quickstart --trl-python .venv-trl/bin/python
+
+Each side is a process of its own, in its own environment, which does nothing until it is asked for a step; they are
+asked in turn. Where both do not fit on the device together, `--alternate runs` starts each anew for every turn. A step
+is one rollout and its updates. Its phases: `sync`, bringing the weights to the engine; `logprobs`, forward passes of
+the trainer before the updates; `generate`, all else until the first update, with waking the engine, decoding and the
+reward; `update`, the rest. Without `--trl-python` our side runs alone.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from step_clock import Workload
+from step_presets import PRESETS, Limits, make_prompts, make_random_llama, measured_limits
+
+from drpo_lightning.callbacks.tensorboard import markdown_table
+
+HERE = Path(__file__).parent
+PHASES = ("generate", "sync", "logprobs", "update", "step")
+Step = dict[str, dict[str, float]]
+"""What a side answers: `seconds` of phases, and `counts`."""
+
+
+class Side:
+    """A process that runs a step each time that it is asked.
+
+    Args:
+        name: title of its column.
+        python: interpreter of its environment.
+        script: what it runs.
+        workload: file of the `Workload`.
+        log: file for what it prints.
+        environment: environment variables.
+    """
+
+    def __init__(
+        self, name: str, python: str, script: str, *, workload: Path, log: Path, environment: dict[str, str]
+    ) -> None:
+        self.name = name
+        self.versions: dict[str, str] = {}
+        self._command = [python, str(HERE / script), str(workload)]
+        self._log = log
+        self._environment = environment
+
+    def __enter__(self) -> "Side":
+        """Starts it, and waits until it is ready."""
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=self._environment,
+            )
+        self.versions = self._answer()
+        return self
+
+    def step(self) -> Step:
+        """Lets it run a step."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return with_phases(self._answer())
+
+    def _answer(self) -> Any:  # noqa: ANN401
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} has ended:\n{self._log.read_text()[-5000:]}")
+        return json.loads(line)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends it; after its last step it ends by itself."""
+        self._process.communicate()
+
+
+def with_phases(step: Step) -> Step:
+    """Splits the rollout and what is left of the step."""
+    seconds = {"sync": 0.0, "logprobs": 0.0} | step["seconds"]
+    rollout = seconds.pop("rollout")
+    seconds["generate"] = rollout - seconds["sync"] - seconds["logprobs"]
+    seconds["update"] = seconds["step"] - rollout
+    return {"seconds": seconds, "counts": step["counts"]}
+
+
+def measure(sides: Sequence[Side], *, warmup: int, rounds: int, keep_alive: bool) -> dict[str, list[Step]]:
+    """Steps of each side, one at a time and in turn.
+
+    Args:
+        sides: which sides.
+        warmup: steps that are left out after a side has started.
+        rounds: steps of each side.
+        keep_alive: True starts each side once, and False for every turn anew.
+    """
+    steps: dict[str, list[Step]] = {side.name: [] for side in sides}
+    if not keep_alive:
+        for _ in range(rounds):
+            for side in sides:
+                with side:
+                    steps[side.name].append([side.step() for _ in range(warmup + 1)][-1])
+        return steps
+    started = [side.__enter__() for side in sides]
+    try:
+        for number in range(warmup + rounds):
+            for side in started:
+                steps[side.name] += [side.step()][number < warmup :]
+    finally:
+        for side in started:
+            side.__exit__(None, None, None)
+    return steps
+
+
+def check_equal_work(steps: dict[str, list[Step]]) -> dict[str, float]:
+    """What every step of every side counts; raises `ValueError` if they differ."""
+    counts = [step["counts"] for of_side in steps.values() for step in of_side]
+    if any(other != counts[0] for other in counts):
+        raise ValueError(f"the sides did different work: { ({n: s[0]['counts'] for n, s in steps.items()}) }")
+    return counts[0]
+
+
+def table(steps: dict[str, list[Step]], limits: Limits) -> str:
+    """Median, least and largest seconds of each phase, the ratio of the medians, and the limit's share of them."""
+    header = ["seconds", *steps, *(["TRL / ours"] if len(steps) > 1 else []), "limit", *(f"limit / {n}" for n in steps)]
+    rows = []
+    for phase in PHASES:
+        seconds = [[step["seconds"][phase] for step in of_side] for of_side in steps.values()]
+        if any(map(any, seconds)):
+            rows.append([phase, *phase_cells(seconds, limits.seconds.get(phase))])
+    return markdown_table(header, rows)
+
+
+def phase_cells(seconds: Sequence[Sequence[float]], limit: float | None) -> list[str]:
+    """A row of the table, from the seconds of each side."""
+    medians = [statistics.median(values) for values in seconds]
+    cells = [f"{m:.3g} ({min(v):.3g} to {max(v):.3g})" for m, v in zip(medians, seconds, strict=True)]
+    if len(medians) > 1:
+        cells.append(f"{medians[1] / medians[0]:.2f}" if all(medians) else "")
+    shares = [f"{limit / median:.0%}" if limit and median else "" for median in medians]
+    return [*cells, f"{limit:.3g}" if limit else "", *shares]
+
+
+def machine_name(device: str) -> str:
+    """The processor, or the GPU."""
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The settings; those that are not given come from the preset."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="quickstart")
+    parser.add_argument("--trl-python", help="interpreter of an environment with TRL 1.16")
+    parser.add_argument("--rounds", type=int, default=7, help="measured steps of each side")
+    parser.add_argument("--warmup", type=int, default=2, help="steps that are left out after each start")
+    parser.add_argument("--alternate", choices=["steps", "runs"], help="whether each turn is a step or a new process")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch on a CPU")
+    parser.add_argument("--out", type=Path, help="file for all seconds, counts and versions as JSON")
+    parser.add_argument("--model", help="folder of the model")
+    parser.add_argument("--template", help="text of a prompt with {a} and {b}")
+    parser.add_argument("--num-prompts", type=int)
+    parser.add_argument("--group-size", type=int)
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--num-updates", type=int, help="per step")
+    parser.add_argument("--num-micro-batches", type=int, help="per update")
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", choices=["32-true", "bf16-mixed"])
+    parser.add_argument("--engine", choices=["transformers", "vllm"])
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument(
+        "--recompute-logprobs", action="store_true", help="TRL's default with vLLM: a forward pass more"
+    )
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.3, help="vLLM's share of the GPU")
+    parser.add_argument("--max-model-len", type=int, default=512, help="most tokens of a sequence in vLLM")
+    values = parser.parse_args(arguments)
+    preset = {"alternate": "steps"} | PRESETS[values.preset]
+    for name, value in preset.items():
+        if getattr(values, name) is None:
+            setattr(values, name, value)
+    return values
+
+
+def make_workload(settings: argparse.Namespace, folder: Path) -> Workload:
+    """What a step is, with a model of random weights where the preset has none."""
+    if settings.model is None:
+        settings.model = str(folder / "model")
+        make_random_llama(Path(settings.model))
+    settings.prompts = make_prompts(settings.template, settings.num_prompts)
+    settings.num_steps = settings.warmup + (settings.rounds if settings.alternate == "steps" else 1)
+    return Workload(**{field.name: getattr(settings, field.name) for field in fields(Workload)})
+
+
+def make_sides(settings: argparse.Namespace, workload: Path, folder: Path) -> list[Side]:
+    """Ours, and TRL's if there is an environment for it."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(settings.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # or the side that waits would take a core
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    ours = environment | {"PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), os.getenv("PYTHONPATH")]))}
+    theirs = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
+    sides = [("drpo-lightning", sys.executable, "step_drpo.py", ours)]
+    if settings.trl_python:
+        sides.append(("TRL", settings.trl_python, "step_trl.py", theirs))
+    return [
+        Side(name, python, script, workload=workload, log=folder / f"{script}.log", environment=variables)
+        for name, python, script, variables in sides
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, and prints a table."""
+    settings = parse_arguments(arguments)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        workload = make_workload(settings, folder)
+        (folder / "workload.json").write_text(json.dumps(asdict(workload)))
+        sides = make_sides(settings, folder / "workload.json", folder)
+        steps = measure(sides, warmup=settings.warmup, rounds=settings.rounds, keep_alive=settings.alternate == "steps")
+        counts = check_equal_work(steps)
+        limits = measured_limits(workload, int(counts["prompt_tokens"]))
+    print(f"{machine_name(settings.device)}, {settings.threads} thread(s), {settings.precision}, {settings.engine}")
+    print(f"{settings.num_prompts} prompts x {settings.group_size} samples x {settings.max_tokens} tokens; every step:")
+    print(", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items()))
+    for side in sides:
+        print(f"{side.name}: {', '.join(f'{name} {number}' for name, number in side.versions.items())}")
+    print(
+        f"large products {limits.machine['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s, "
+        f"large copies {limits.machine['copied_bytes_per_second'] / 1e9:.1f} GB/s; "
+        f"median (least to largest) of {settings.rounds} steps\n"
+    )
+    print(table(steps, limits))
+    if settings.out:
+        versions = {side.name: side.versions for side in sides}
+        report = {"workload": asdict(workload), "versions": versions, "machine": machine_name(settings.device)}
+        settings.out.write_text(json.dumps(report | {"limits": limits._asdict(), "steps": steps}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
