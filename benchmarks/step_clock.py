@@ -108,7 +108,7 @@ class StepClock:
         if not sys.stdin.readline():
             raise SystemExit("nobody asks for steps any more")
         self._seconds, self._counts, self._updates = {}, {}, updates
-        self._started = self._now()
+        self._started = self.now()
 
     def end_step(self, updates: int) -> None:
         """Answers for the step that runs.
@@ -118,16 +118,16 @@ class StepClock:
         """
         if self._started is None:
             return
-        self._seconds["step"] = self._now() - self._started
+        self._seconds["step"] = self.now() - self._started
         counts = {name: int(number) for name, number in self._counts.items()} | {"updates": updates - self._updates}
         self._answers.write(json.dumps({"seconds": self._seconds, "counts": counts}) + "\n")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time in it to a phase."""
-        started = self._now()
+        started = self.now()
         yield
-        self.add_seconds(name, self._now() - started)
+        self.add_seconds(name, self.now() - started)
 
     def add_seconds(self, name: str, seconds: float) -> None:
         """Adds to the time of a phase."""
@@ -137,7 +137,8 @@ class StepClock:
         """Adds to a count; a tensor is not read before the end of the step."""
         self._counts[name] = self._counts.get(name, 0) + number
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds of the clock, when the device has done all its work."""
         if self._device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()

@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import time
 from typing import Any
 
 import torch
@@ -41,11 +40,11 @@ class SteppedRun(Callback, RolloutHooks):
     def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """The iteration before ends here, too."""
         self.clock.next_step(trainer.global_step)
-        self.started = time.perf_counter()
+        self.started = self.clock.now()
 
     def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:  # noqa: ARG002
         """Notes the phases."""
-        self.clock.add_seconds("rollout", time.perf_counter() - self.started)
+        self.clock.add_seconds("rollout", self.clock.now() - self.started)
         self.clock.add_seconds("sync", trainer.datamodule.phase_seconds["sync"])  # type: ignore[attr-defined]
         self.clock.count("sampled_tokens", rollout.num_completion_tokens)
         self.clock.count("prompt_tokens", sum(map(len, rollout.prompt_ids)))
