@@ -1,0 +1,159 @@
+"""The comparison of a step with TRL's runs, and both sides do the same work."""
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "step.py"
+SMALL = ["--num-prompts", "4", "--group-size", "4", "--max-tokens", "6", "--num-micro-batches", "2"]
+SMALL += ["--rounds", "2", "--warmup", "1"]
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The modules of `benchmarks/`, which import each other as scripts do."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    yield importlib.import_module("step")
+    sys.path.remove(str(SCRIPT.parent))
+    for name in ("step", "step_clock", "step_presets"):
+        del sys.modules[name]
+
+
+@pytest.fixture
+def run(benchmark, tmp_path, capsys):
+    """Measures, and gives what was written and printed."""
+
+    def call(*arguments):
+        out = tmp_path / "step.json"
+        benchmark.main([*SMALL, "--out", str(out), *arguments])
+        return json.loads(out.read_text()), capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def make_side(benchmark, tmp_path):
+    """A side that needs a second for nothing: it counts its steps, and fails after as many as it is told."""
+
+    def make(name, num_steps):
+        script = tmp_path / f"{name}.py"
+        script.write_text(
+            "import json, os, sys\n"
+            f"open({str(tmp_path / 'order')!r}, 'a').write('({name}')\n"
+            "print(json.dumps({'pid': str(os.getpid())}), flush=True)\n"
+            f"for number in range({num_steps}):\n"
+            "    sys.stdin.readline()\n"
+            f"    open({str(tmp_path / 'order')!r}, 'a').write(str(number))\n"
+            "    print(json.dumps({'seconds': {'step': 1, 'rollout': 0}, 'counts': {'number': number}}), flush=True)\n"
+            "sys.stderr.write('no more steps')\n"
+        )
+        log = tmp_path / "log"
+        return benchmark.Side(name, sys.executable, str(script), workload=tmp_path, log=log, environment={})
+
+    return make
+
+
+def check_steps(steps):
+    """Every step samples and trains 16 completions of 6 tokens, and its phases make the whole of it."""
+    assert len(steps) == 2
+    for step in steps:
+        counts, seconds = step["counts"], step["seconds"]
+        assert counts["sampled_tokens"] == counts["trained_tokens"] == 16 * 6
+        assert counts["updates"] == 1
+        assert min(seconds[name] for name in ("generate", "update", "step")) > 0
+        assert seconds["step"] == pytest.approx(sum(seconds.values()) - seconds["step"])
+
+
+def test_our_side_runs_alone(run):
+    report, printed = run()
+    check_steps(report["steps"]["drpo-lightning"])
+    assert "| generate |" in printed
+    assert "TRL" not in printed
+
+
+def test_steps_alternate_after_the_warm_up(benchmark, make_side, tmp_path):
+    sides = [make_side("a", 3), make_side("b", 3)]
+    steps = benchmark.measure(sides, warmup=1, rounds=2, keep_alive=True)
+    assert {name: [step["counts"]["number"] for step in of_side] for name, of_side in steps.items()} == {
+        "a": [1, 2],
+        "b": [1, 2],
+    }
+    assert (tmp_path / "order").read_text() == "(a(b001122"
+    assert sides[0].versions["pid"] != sides[1].versions["pid"]
+
+
+def test_runs_alternate_each_with_a_warm_up(benchmark, make_side, tmp_path):
+    sides = [make_side("a", 2), make_side("b", 2)]
+    steps = benchmark.measure(sides, warmup=1, rounds=2, keep_alive=False)
+    assert [step["counts"]["number"] for step in steps["a"] + steps["b"]] == [1, 1, 1, 1]
+    assert (tmp_path / "order").read_text() == "(a01(b01" * 2
+
+
+@pytest.mark.parametrize("keep_alive", [True, False])
+def test_a_side_that_ends_too_early_shows_what_it_said(benchmark, make_side, keep_alive):
+    with pytest.raises(RuntimeError, match=r"(?s)b has ended:.*no more steps"):
+        benchmark.measure([make_side("a", 9), make_side("b", 1)], warmup=1, rounds=1, keep_alive=keep_alive)
+
+
+@pytest.mark.docs
+def test_both_sides_do_the_same_work(run):
+    pytest.importorskip("trl", reason="pip install 'drpo-lightning[trl]'")
+    report, printed = run("--trl-python", sys.executable, "--num-updates", "2", "--num-micro-batches", "1")
+    ours, theirs = ([step["counts"] for step in report["steps"][name]] for name in ("drpo-lightning", "TRL"))
+    assert ours == theirs
+    assert all(step["updates"] == 2 for step in ours)
+    assert report["steps"]["TRL"][0]["seconds"]["logprobs"] > 0  # its policy has no logprobs of the engine
+    assert "TRL / ours" in printed
+
+
+def test_different_work_is_refused(benchmark):
+    counts = {"sampled_tokens": 8, "updates": 1}
+    steps = {name: [{"counts": counts | {"updates": n}, "seconds": {}}] for name, n in (("ours", 1), ("TRL", 2))}
+    with pytest.raises(ValueError, match="the sides did different work"):
+        benchmark.check_equal_work(steps)
+    assert benchmark.check_equal_work({"ours": steps["ours"] * 2}) == counts
+
+
+def test_phases_make_a_step(benchmark):
+    step = benchmark.with_phases(
+        {"seconds": {"step": 10.0, "rollout": 7.0, "sync": 1.0, "logprobs": 2.0}, "counts": {}}
+    )
+    assert step["seconds"] == {"generate": 4.0, "sync": 1.0, "logprobs": 2.0, "update": 3.0, "step": 10.0}
+
+
+def test_the_table_has_medians_ratios_and_shares_of_the_limit(benchmark):
+    def steps(*updates):
+        return [{"seconds": dict.fromkeys(benchmark.PHASES, 0.0) | {"update": update}} for update in updates]
+
+    limits = benchmark.Limits({}, {"update": 1.0})
+    rows = benchmark.table({"ours": steps(2.0, 1.0, 9.0), "TRL": steps(5.0, 6.0, 4.0)}, limits).splitlines()
+    assert rows[2:] == ["| update | 2 (1 to 9) | 5 (4 to 6) | 2.50 | 1 | 50% | 20% |"]
+
+
+def test_the_operations_of_a_step(benchmark):
+    presets = sys.modules["step_presets"]
+    size = presets.ModelSize(1000, 100, 10, 1100)
+    workload = benchmark.Workload("", ["a", "b"], 4, 3, 1, 1, 1.0, 1e-6, "cpu", "32-true", "transformers", 1, 1)
+    flops = presets.step_flops(size, workload, prompt_tokens=8 * 2)
+    attention = 8 * (2 + 3) ** 2 * 10
+    assert flops["update"] == 6 * (1000 * 8 * 5 + 100 * 8 * 3) + 6 * attention
+    assert flops["generate"] == 2 * (1000 * (2 * 2 + 8 * 3) + 100 * 8 * 3) + 2 * attention
+    assert replace(workload, num_updates=2, num_micro_batches=2).micro_batch_size == 2
+
+
+@pytest.mark.parametrize("name", ["quickstart", "smollm2", "h100"])
+def test_a_preset_can_be_split_evenly(benchmark, name):
+    settings = benchmark.parse_arguments(["--preset", name])
+    assert settings.num_prompts * settings.group_size % (settings.num_updates * settings.num_micro_batches) == 0
+    prompts = sys.modules["step_presets"].make_prompts(settings.template, settings.num_prompts)
+    assert len(set(prompts)) == settings.num_prompts
+
+
+def test_a_setting_takes_the_place_of_the_presets(benchmark):
+    settings = benchmark.parse_arguments(["--preset", "h100", "--alternate", "steps", "--max-tokens", "5"])
+    assert (settings.alternate, settings.max_tokens, settings.engine) == ("steps", 5, "vllm")
