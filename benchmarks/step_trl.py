@@ -67,7 +67,7 @@ def make_settings(workload: Workload, folder: str) -> Any:  # noqa: ANN401
         num_generations=workload.group_size,
         max_completion_length=workload.max_tokens,
         temperature=workload.temperature,
-        generation_kwargs={"ignore_eos": True} if is_vllm else {"eos_token_id": None},
+        generation_kwargs={"ignore_eos": True} if is_vllm else {"eos_token_id": NO_TOKEN},
         use_vllm=is_vllm,
         vllm_mode="colocate",
         vllm_enable_sleep_mode=is_vllm and workload.device == "cuda",
