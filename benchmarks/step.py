@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
@@ -46,19 +47,29 @@ class Side:
         workload: file of the `Workload`.
         log: file for what it prints.
         environment: environment variables.
+        warmup: steps that it runs when it starts.
     """
 
     def __init__(
-        self, name: str, python: str, script: str, *, workload: Path, log: Path, environment: dict[str, str]
+        self,
+        name: str,
+        python: str,
+        script: str,
+        *,
+        workload: Path,
+        log: Path,
+        environment: dict[str, str],
+        warmup: int,
     ) -> None:
         self.name = name
         self.versions: dict[str, str] = {}
         self._command = [python, str(HERE / script), str(workload)]
         self._log = log
         self._environment = environment
+        self._warmup = warmup
 
     def __enter__(self) -> "Side":
-        """Starts it, and waits until it is ready."""
+        """Starts it, and lets it warm up."""
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -69,6 +80,8 @@ class Side:
                 env=self._environment,
             )
         self.versions = self._answer()
+        for _ in range(self._warmup):
+            self.step()
         return self
 
     def step(self) -> Step:
@@ -101,30 +114,23 @@ def with_phases(step: Step) -> Step:
     return {"seconds": seconds, "counts": step["counts"]}
 
 
-def measure(sides: Sequence[Side], *, warmup: int, rounds: int, keep_alive: bool) -> dict[str, list[Step]]:
-    """Steps of each side, one at a time and in turn.
+def measure(sides: Sequence[Side], *, turns: int, steps_per_turn: int, keep_alive: bool) -> dict[str, list[Step]]:
+    """Steps of each side, one side at a time and in turn.
 
     Args:
         sides: which sides.
-        warmup: steps that are left out after a side has started.
-        rounds: steps of each side.
+        turns: of each side.
+        steps_per_turn: steps that a side runs one after the other.
         keep_alive: True starts each side once, and False for every turn anew.
     """
     steps: dict[str, list[Step]] = {side.name: [] for side in sides}
-    if not keep_alive:
-        for _ in range(rounds):
+    with ExitStack() as stack:
+        if keep_alive:
             for side in sides:
-                with side:
-                    steps[side.name].append([side.step() for _ in range(warmup + 1)][-1])
-        return steps
-    started = [side.__enter__() for side in sides]
-    try:
-        for number in range(warmup + rounds):
-            for side in started:
-                steps[side.name] += [side.step()][number < warmup :]
-    finally:
-        for side in started:
-            side.__exit__(None, None, None)
+                stack.enter_context(side)
+        for side in [*sides] * turns:
+            with nullcontext() if keep_alive else side:
+                steps[side.name] += [side.step() for _ in range(steps_per_turn)]
     return steps
 
 
@@ -171,7 +177,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="quickstart")
     parser.add_argument("--trl-python", help="interpreter of an environment with TRL 1.16")
-    parser.add_argument("--rounds", type=int, default=7, help="measured steps of each side")
+    parser.add_argument("--turns", type=int, default=7, help="turns of each side")
+    parser.add_argument("--steps-per-turn", type=int)
     parser.add_argument("--warmup", type=int, default=2, help="steps that are left out after each start")
     parser.add_argument("--alternate", choices=["steps", "runs"], help="whether each turn is a step or a new process")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch on a CPU")
@@ -195,7 +202,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.3, help="vLLM's share of the GPU")
     parser.add_argument("--max-model-len", type=int, default=512, help="most tokens of a sequence in vLLM")
     values = parser.parse_args(arguments)
-    preset = {"alternate": "steps"} | PRESETS[values.preset]
+    preset = {"alternate": "steps", "steps_per_turn": 1} | PRESETS[values.preset]
     for name, value in preset.items():
         if getattr(values, name) is None:
             setattr(values, name, value)
@@ -208,7 +215,8 @@ def make_workload(settings: argparse.Namespace, folder: Path) -> Workload:
         settings.model = str(folder / "model")
         make_random_llama(Path(settings.model))
     settings.prompts = make_prompts(settings.template, settings.num_prompts)
-    settings.num_steps = settings.warmup + (settings.rounds if settings.alternate == "steps" else 1)
+    turns = settings.turns if settings.alternate == "steps" else 1
+    settings.num_steps = settings.warmup + turns * settings.steps_per_turn
     return Workload(**{field.name: getattr(settings, field.name) for field in fields(Workload)})
 
 
@@ -226,7 +234,15 @@ def make_sides(settings: argparse.Namespace, workload: Path, folder: Path) -> li
     if settings.trl_python:
         sides.append(("TRL", settings.trl_python, "step_trl.py", theirs))
     return [
-        Side(name, python, script, workload=workload, log=folder / f"{script}.log", environment=variables)
+        Side(
+            name,
+            python,
+            script,
+            workload=workload,
+            log=folder / f"{script}.log",
+            environment=variables,
+            warmup=settings.warmup,
+        )
         for name, python, script, variables in sides
     ]
 
@@ -239,7 +255,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         workload = make_workload(settings, folder)
         (folder / "workload.json").write_text(json.dumps(asdict(workload)))
         sides = make_sides(settings, folder / "workload.json", folder)
-        steps = measure(sides, warmup=settings.warmup, rounds=settings.rounds, keep_alive=settings.alternate == "steps")
+        steps = measure(
+            sides,
+            turns=settings.turns,
+            steps_per_turn=settings.steps_per_turn,
+            keep_alive=settings.alternate == "steps",
+        )
         counts = check_equal_work(steps)
         limits = measured_limits(workload, int(counts["prompt_tokens"]))
     print(f"{machine_name(settings.device)}, {settings.threads} thread(s), {settings.precision}, {settings.engine}")
@@ -250,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(
         f"large products {limits.machine['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s, "
         f"large copies {limits.machine['copied_bytes_per_second'] / 1e9:.1f} GB/s; "
-        f"median (least to largest) of {settings.rounds} steps\n"
+        f"median (least to largest) of {settings.turns * settings.steps_per_turn} steps\n"
     )
     print(table(steps, limits))
     if settings.out:

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,9 +57,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "precision": "bf16-mixed",
         "engine": "vllm",
         "alternate": "runs",  # two trainers and two engines are too much for one GPU
+        "steps_per_turn": 3,
     },
 }
 """One update per rollout: with more of them, and without vLLM, TRL needs a forward pass more than we do."""
+SMOLLM2_1_7B: dict[str, int] = {
+    "vocab_size": 49152,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 8192,
+}
+"""Shape of a Llama with 1.71 B parameters."""
 
 
 def make_prompts(template: str, number: int) -> list[str]:
@@ -66,28 +78,19 @@ def make_prompts(template: str, number: int) -> list[str]:
     return [row["prompt"] for row in ArithmeticPrompts(template=template).load()[:number]]
 
 
-def make_random_llama(folder: Path) -> None:
-    """Writes a Llama of SmolLM2-1.7B's shape, 1.71 B random parameters in bfloat16, and a tokenizer of its size.
+def make_random_llama(folder: Path, shape: Mapping[str, int] = SMOLLM2_1_7B) -> None:
+    """Writes a Llama of random parameters in bfloat16 with tied embeddings, and a tokenizer of its size.
 
     The tokenizer splits texts into bytes; its other tokens, pairs of bytes, come from sampling alone.
+
+    Args:
+        folder: of model and tokenizer.
+        shape: fields of its `LlamaConfig`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=24,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 130000.0},
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+    config = LlamaConfig(**shape, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     LlamaForCausalLM(config).save_pretrained(folder)

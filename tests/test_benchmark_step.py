@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "step.py"
 SMALL = ["--num-prompts", "4", "--group-size", "4", "--max-tokens", "6", "--num-micro-batches", "2"]
-SMALL += ["--rounds", "2", "--warmup", "1"]
+SMALL += ["--turns", "2", "--warmup", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def make_side(benchmark, tmp_path):
             "sys.stderr.write('no more steps')\n"
         )
         log = tmp_path / "log"
-        return benchmark.Side(name, sys.executable, str(script), workload=tmp_path, log=log, environment={})
+        return benchmark.Side(name, sys.executable, str(script), workload=tmp_path, log=log, environment={}, warmup=1)
 
     return make
 
@@ -78,26 +80,27 @@ def test_our_side_runs_alone(run):
 
 def test_steps_alternate_after_the_warm_up(benchmark, make_side, tmp_path):
     sides = [make_side("a", 3), make_side("b", 3)]
-    steps = benchmark.measure(sides, warmup=1, rounds=2, keep_alive=True)
+    steps = benchmark.measure(sides, turns=2, steps_per_turn=1, keep_alive=True)
     assert {name: [step["counts"]["number"] for step in of_side] for name, of_side in steps.items()} == {
         "a": [1, 2],
         "b": [1, 2],
     }
-    assert (tmp_path / "order").read_text() == "(a(b001122"
+    assert (tmp_path / "order").read_text() == "(a0(b01122"
     assert sides[0].versions["pid"] != sides[1].versions["pid"]
 
 
 def test_runs_alternate_each_with_a_warm_up(benchmark, make_side, tmp_path):
-    sides = [make_side("a", 2), make_side("b", 2)]
-    steps = benchmark.measure(sides, warmup=1, rounds=2, keep_alive=False)
-    assert [step["counts"]["number"] for step in steps["a"] + steps["b"]] == [1, 1, 1, 1]
-    assert (tmp_path / "order").read_text() == "(a01(b01" * 2
+    sides = [make_side("a", 3), make_side("b", 3)]
+    steps = benchmark.measure(sides, turns=2, steps_per_turn=2, keep_alive=False)
+    assert [step["counts"]["number"] for step in steps["a"] + steps["b"]] == [1, 2, 1, 2] * 2
+    assert (tmp_path / "order").read_text() == "(a012(b012" * 2
 
 
 @pytest.mark.parametrize("keep_alive", [True, False])
 def test_a_side_that_ends_too_early_shows_what_it_said(benchmark, make_side, keep_alive):
+    sides = [make_side("a", 9), make_side("b", 1)]
     with pytest.raises(RuntimeError, match=r"(?s)b has ended:.*no more steps"):
-        benchmark.measure([make_side("a", 9), make_side("b", 1)], warmup=1, rounds=1, keep_alive=keep_alive)
+        benchmark.measure(sides, turns=1, steps_per_turn=1, keep_alive=keep_alive)
 
 
 @pytest.mark.docs
@@ -152,6 +155,27 @@ def test_a_preset_can_be_split_evenly(benchmark, name):
     assert settings.num_prompts * settings.group_size % (settings.num_updates * settings.num_micro_batches) == 0
     prompts = sys.modules["step_presets"].make_prompts(settings.template, settings.num_prompts)
     assert len(set(prompts)) == settings.num_prompts
+
+
+def test_a_random_llama_has_a_tokenizer_of_its_size(benchmark, tmp_path):
+    shape = {"vocab_size": 700, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    sys.modules["step_presets"].make_random_llama(tmp_path, shape)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert model.dtype == torch.bfloat16
+    assert torch.get_default_dtype() == torch.float32
+    assert len(tokenizer) == 700
+    ids = tokenizer("Question: 1 + 2?").input_ids
+    assert len(ids) == 16
+    assert tokenizer.decode(ids) == "Question: 1 + 2?"
+    assert isinstance(tokenizer.decode(range(700)), str)
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 0
+
+
+def test_the_random_llama_has_the_shape_that_it_is_named_for(benchmark):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**sys.modules["step_presets"].SMOLLM2_1_7B, tie_word_embeddings=True))
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(1.71e9, rel=0.002)
 
 
 def test_a_setting_takes_the_place_of_the_presets(benchmark):
