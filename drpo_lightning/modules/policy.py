@@ -31,7 +31,7 @@ from drpo_lightning.modules.checks import (
 )
 from drpo_lightning.modules.engine_side import EngineSide
 from drpo_lightning.modules.language_model import prepare_for_training
-from drpo_lightning.modules.loading import load_network
+from drpo_lightning.modules.loading import Packing, load_network
 from drpo_lightning.modules.logprob_backends import Backend, TokenLogprobs, choose_backend
 from drpo_lightning.modules.lora import (
     LoRA,
@@ -89,6 +89,8 @@ class PolicyModule(EngineSide):
             `cut_cross_entropy` (Apple's, for CUDA), see `drpo_lightning.modules.logprob_backends.TokenLogprobs`;
             `auto` takes the best for the device.
         logprob_chunk_mib: MiB of logits that exist at a time, whatever the vocabulary.
+        packing: whether the samples of a micro-batch are computed as one sequence without padding: `auto` where the
+            model computes the same, which is tried when it is loaded; `always` stops where it does not.
         pass_threshold: reward from which on a validation sample counts as passed.
         max_skipped_updates: updates in succession that are left out because a logprob, the loss or the gradient is NaN
             or infinite; the next one stops the run. The samples are written to `non_finite` in the log folder.
@@ -113,6 +115,7 @@ class PolicyModule(EngineSide):
         compile_layers: bool = False,
         logprob_backend: Backend = "auto",
         logprob_chunk_mib: int = 256,
+        packing: Packing = "auto",
         pass_threshold: float = 1.0,
         max_skipped_updates: int = 0,
         trust_remote_code: bool = False,
@@ -149,6 +152,7 @@ class PolicyModule(EngineSide):
         self.compile_layers = compile_layers
         self.logprob_backend: Backend = logprob_backend
         self.logprob_chunk_mib = logprob_chunk_mib
+        self.packing = packing
         self.trust_remote_code = trust_remote_code
         self.validation_statistics = ValidationStatistics(pass_threshold)
         self.checkpoint_step = 0
@@ -230,6 +234,7 @@ class PolicyModule(EngineSide):
         return {
             "temperature": self.temperature,
             "token_logprobs": self.token_logprobs,
+            "packing": self.packing,
             "trust_remote_code": self.trust_remote_code,
         }
 

@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from drpo_lightning.functional.logprobs import target_logprobs
 from drpo_lightning.modules.logprob_backends import TokenLogprobs
+from drpo_lightning.modules.packed_attention import use_packed_attention
+from drpo_lightning.modules.packing import packed_inputs
+from drpo_lightning.modules.packing_trial import why_not_packed
 
 ENLARGEMENT = 1000.0
 
@@ -25,6 +28,8 @@ class PolicyNetwork(nn.Module):
         token_logprobs: computes logprobs from the last hidden states.
         is_head_linear: what `head_is_linear` says of the model; by default it is asked, which takes a
             model that has its weights.
+        is_packed: computes the tokens of a batch without its padding, which takes a model that `why_not_packed` has
+            nothing against; by default it is asked.
 
     Attributes:
         tensor_shapes: name and whole shape of every tensor of the language model's state dict.
@@ -38,12 +43,16 @@ class PolicyNetwork(nn.Module):
         temperature: float = 1.0,
         token_logprobs: TokenLogprobs = TokenLogprobs(),  # noqa: B008 - frozen
         is_head_linear: bool | None = None,
+        is_packed: bool | None = None,
     ) -> None:
         super().__init__()
         self.language_model = language_model
         self.temperature = temperature
         self.token_logprobs = token_logprobs
         self.is_head_linear = head_is_linear(language_model) if is_head_linear is None else is_head_linear
+        self.is_packed = why_not_packed(language_model) is None if is_packed is None else is_packed
+        if self.is_packed:
+            use_packed_attention(language_model)
         self.tensor_shapes = {name: tensor.shape for name, tensor in language_model.state_dict().items()}
         self.num_parameters = sum(parameter.numel() for parameter in language_model.parameters())
 
@@ -88,17 +97,21 @@ class PolicyNetwork(nn.Module):
         """
         asked = completion_mask.clone()
         asked[:, 0] = False
-        predicts = asked[:, 1:]
-        targets = input_ids[:, 1:][predicts]
+        targets = input_ids[asked]
         if topk_ids is not None:
             targets = torch.cat([targets[:, None], topk_ids], 1)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
+        predicts = F.pad(asked[:, 1:], (0, 1))
+        if self.is_packed:
+            inputs = packed_inputs(input_ids, attention_mask)
+            predicts = predicts[attention_mask][None]
+        else:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
         if self.is_head_linear:
-            hidden = self.language_model.base_model(**inputs).last_hidden_state[:, :-1][predicts]
+            hidden = self.language_model.base_model(**inputs).last_hidden_state[predicts]
             head = self.language_model.get_output_embeddings()
             logprobs = self.token_logprobs(hidden, head.weight, targets, bias=head.bias, temperature=self.temperature)
         else:
-            logits = self.language_model(**inputs).logits[:, :-1][predicts]
+            logits = self.language_model(**inputs).logits[predicts]
             logprobs = target_logprobs(logits, targets, temperature=self.temperature)
         if topk_ids is not None:
             return torch.cat([logprobs[:, :1], logprobs[:, 1:].detach()], 1)

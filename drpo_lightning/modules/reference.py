@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from drpo_lightning.batch import Rollout, RolloutBatch
 from drpo_lightning.errors import SettingError
 from drpo_lightning.functional.reference_kl import ESTIMATORS, Estimator, reference_kl, reference_penalty
-from drpo_lightning.modules.loading import load_network
+from drpo_lightning.modules.loading import Packing, load_network
 from drpo_lightning.modules.logprob_backends import TokenLogprobs
 from drpo_lightning.modules.sharding import is_sharded
 
@@ -188,6 +188,7 @@ def load_frozen_network(
     dtype: torch.dtype = torch.float32,
     temperature: float = 1.0,
     token_logprobs: TokenLogprobs = TokenLogprobs(),  # noqa: B008 - frozen
+    packing: Packing = "auto",
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """Loads a policy network without a gradient onto the rank's device, sharded as the policy is. Collective.
@@ -200,6 +201,7 @@ def load_frozen_network(
         dtype: precision of the parameters.
         temperature: see `PolicyNetwork`.
         token_logprobs: see `PolicyNetwork`.
+        packing: see `load_network`.
         trust_remote_code: whether code that comes with the model may run.
     """
     network = load_network(
@@ -209,6 +211,7 @@ def load_frozen_network(
         dtype=dtype,
         temperature=temperature,
         token_logprobs=token_logprobs,
+        packing=packing,
         trust_remote_code=trust_remote_code,
     ).eval()
     if isinstance(network, FSDPModule):  # the outermost parameters would wait, whole, for a backward pass
