@@ -88,7 +88,8 @@ def packed_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     # [1, heads, tokens, head_dim] -> [tokens, heads, head_dim], as the projections have made them
     states = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
-    attention = _varlen_attention if _has_flash_kernel(query, value) else _grouped_attention
+    has_kernel = packed_sequences.has_flash_kernel and _fits_flash_kernel(query, value)
+    attention = _varlen_attention if has_kernel else _grouped_attention
     return attention(module, states, packed_sequences, scaling, sliding_window)[None], None
 
 
@@ -107,15 +108,10 @@ def check_supported(module: nn.Module, *, is_causal: bool | None = None, **other
         raise ValueError("its attention is not causal")
 
 
-def _has_flash_kernel(query: Tensor, value: Tensor) -> bool:
+def _fits_flash_kernel(query: Tensor, value: Tensor) -> bool:
     head_dim = query.shape[-1]
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and value.shape[-1] == head_dim <= MAX_FLASH_HEAD_DIM
-        and head_dim % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    return is_half and value.shape[-1] == head_dim <= MAX_FLASH_HEAD_DIM and head_dim % 8 == 0
 
 
 def _varlen_attention(

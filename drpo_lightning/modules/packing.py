@@ -36,6 +36,8 @@ class PackedSequences:
         self.max_length = max(lengths)
         self.cumulative_lengths = F.pad(torch.tensor(self.lengths).cumsum(0), (1, 0)).int().to(device)
         """Where each sample begins, and where the last one ends: `[samples + 1]`, int32."""
+        self.has_flash_kernel = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        """True on a GPU that torch's kernel for variable lengths runs on, in half precision."""
 
     @cached_property
     def groups(self) -> LengthGroups:

@@ -3,6 +3,7 @@
 import copy
 import shutil
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -309,6 +310,7 @@ def reference_varlen(
 ):
     """The documented meaning of torch's kernel, token by token."""
     assert enable_gqa
+    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
     assert torch.equal(cu_q, cu_k)
     assert max_q == max_k == cu_q.diff().max()
     assert window_size[1] == 0
@@ -325,13 +327,21 @@ def reference_varlen(
 
 
 @pytest.mark.parametrize("name", ["like SmolLM2", "like Gemma 3"])
-def test_the_kernel_of_cuda_is_asked_for_what_is_meant(name, monkeypatch):
+@pytest.mark.parametrize("is_mixed", [False, True], ids=["bfloat16", "autocast"])
+def test_the_kernel_of_cuda_is_asked_for_what_is_meant(name, is_mixed, monkeypatch):
     inputs = padded()
-    expected = PolicyNetwork(built(PACKED[name]), is_packed=False)(*inputs)
-    network = PolicyNetwork(built(PACKED[name]))
-    monkeypatch.setattr(packed_attention, "_has_flash_kernel", lambda *_: True)
-    monkeypatch.setattr(packed_attention, "varlen_attn", reference_varlen)
-    torch.testing.assert_close(network(*inputs), expected, rtol=0, atol=1e-5)
+    networks = [PolicyNetwork(built(PACKED[name]), is_packed=is_packed) for is_packed in (False, True)]
+    exact = networks[0](*inputs)
+    if not is_mixed:
+        networks = [network.bfloat16() for network in networks]
+    monkeypatch.setattr(PackedSequences, "has_flash_kernel", property(lambda _: True, lambda *_: None), raising=False)
+    monkeypatch.setattr(packed_attention, "varlen_attn", kernel := Mock(side_effect=reference_varlen))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_mixed):
+        expected, found = (network(*inputs) for network in networks)
+    assert kernel.call_count == 2, "once a layer"
+    error = (expected - exact).abs().mean()
+    assert 1e-3 < error < 0.1
+    assert (found - expected).abs().mean() < 2 * error
 
 
 @pytest.mark.gpu
