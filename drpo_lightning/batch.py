@@ -131,6 +131,12 @@ class Rollout:
         return sum(len(completion.token_ids) for completion in self.completions)
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample, prompt and completion."""
+        pairs = zip(self.prompt_ids, self.completions, strict=True)
+        return [len(prompt) + len(completion.token_ids) for prompt, completion in pairs]
+
+    @property
     def is_kept(self) -> Bool[Tensor, " samples"]:
         """False on the samples that are dropped."""
         return ~self.rewards.isnan()
@@ -162,7 +168,7 @@ class RolloutBatch:
         num_update_tokens: completion tokens of the optimizer update, over all its micro-batches and ranks.
         num_update_sequences: sequences of the optimizer update, over all its micro-batches and ranks; like the tokens,
             without dropped samples.
-        sample_ids: which sample of this rank's rollout each row is.
+        sample_ids: which sample of this rank's rollout each row is; -1 for the row of an empty micro-batch.
         proximal_logprobs: log pi_prox in nats, 0 outside the completions; None if no objective asks for it.
         topk_ids: the K most likely tokens under mu, 0 outside the completions; None if no objective asks for them.
         topk_logprobs: log mu of those, in nats, 0 outside the completions.
@@ -207,11 +213,12 @@ class RolloutBatch:
     ) -> "RolloutBatch":
         """Pads the samples `rows` of a rollout to the longest of them.
 
-        The row of a dropped sample has no completion tokens: nothing is trained on it, and no statistic counts it.
+        The row of a dropped sample has no completion tokens: nothing is trained on it, and no statistic counts it. An
+        empty micro-batch has such a row too, of one token, since a network that is spread over ranks takes all of them.
 
         Args:
             rollout: the samples.
-            rows: indices of the samples.
+            rows: indices of the samples; may be empty.
             advantages: A of every sample of the rollout. None for a batch that is only scored: its advantages are 0,
                 and dropped samples are like the others.
             pad_token_id: id that fills `input_ids`; it is never attended to.
@@ -219,7 +226,7 @@ class RolloutBatch:
             num_update_sequences: see the class.
         """
         sequences = [rollout.prompt_ids[row] + rollout.completions[row].token_ids for row in rows]
-        shape = (len(rows), max(map(len, sequences)))
+        shape = (max(len(rows), 1), max(map(len, sequences), default=1))
         batch = RolloutBatch(
             input_ids=torch.full(shape, pad_token_id),
             attention_mask=torch.zeros(shape, dtype=torch.bool),
@@ -228,7 +235,7 @@ class RolloutBatch:
             advantages=torch.zeros(shape),
             num_update_tokens=num_update_tokens,
             num_update_sequences=num_update_sequences,
-            sample_ids=torch.tensor(rows),
+            sample_ids=torch.tensor(rows or [-1]),
         )
         recomputed = {
             name: logprobs
@@ -237,9 +244,10 @@ class RolloutBatch:
         }
         for name in recomputed:
             setattr(batch, name, torch.zeros(shape))
-        if (topk := rollout.completions[rows[0]].topk_ids) is not None:
+        if (topk := rollout.completions[0].topk_ids) is not None:
             batch.topk_ids = torch.zeros(*shape, topk.shape[1], dtype=torch.long)
             batch.topk_logprobs = torch.zeros(*shape, topk.shape[1])
+        batch.attention_mask[0, 0] = True  # of an empty micro-batch too
         is_kept = rollout.is_kept.tolist()
         for i, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
             completion = slice(len(rollout.prompt_ids[row]), len(sequence))

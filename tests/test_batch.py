@@ -107,6 +107,16 @@ def test_collate_of_an_empty_completion_has_no_completion_token():
     assert batch.advantages.tolist() == batch.rollout_logprobs.tolist() == [[0.0]]
 
 
+def test_an_empty_micro_batch_has_a_row_of_one_token_that_nothing_is_trained_on():
+    batch = collate([], rollout_with_more)
+    assert batch.attention_mask.tolist() == [[True]]
+    assert batch.sample_ids.tolist() == [-1]
+    assert not batch.completion_mask.any()
+    names = ("rollout_logprobs", "advantages", "proximal_logprobs", "reference_logprobs", "topk_logprobs")
+    assert all((getattr(batch, name) == 0).all() for name in names)
+    assert batch.topk_ids.shape == (1, 1, collate([0], rollout_with_more).topk_ids.shape[2])
+
+
 def test_collate_aligns_pi_prox_pi_ref_and_the_top_k_with_the_sampled_tokens():
     batch = collate([3, 0, 2], rollout_with_more)
     assert batch.input_ids.tolist() == [[13, 8, 2, 99, 99], [11, 12, 5, 6, 2], [13, 99, 99, 99, 99]]

@@ -183,7 +183,6 @@ def test_what_is_null_in_a_file_is_named(run, capsys, tmp_path, section, message
         (["--data.sampling.top_p=0.9"], r"top_p=0\.9, top_k=0 renormalises mu"),
         (["--data.sampling.top_k=5"], r"top_k=5 renormalises mu"),
         (["--data.num_updates=5"], r"512 completions .* cannot be split evenly into `data\.num_updates` 5"),
-        (["--trainer.accumulate_grad_batches=3"], r"`trainer\.accumulate_grad_batches` 3 = 12 micro-batches"),
         (["--data.sampling.max_tokens=600"], r"more than the context of 512"),
         (["--data.prompt_format=chat"], r"has no chat template; set `data\.prompt_format: raw`"),
         (["--trainer.precision=64-true"], r"`trainer\.precision` 64-true is not supported; take one of 32-true"),

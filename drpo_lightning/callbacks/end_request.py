@@ -33,8 +33,8 @@ class Terminated(BaseException):
 class EndRequest:
     """Takes Ctrl-C and SIGTERM over while a run lasts, and remembers that one came.
 
-    Raised wherever they arrive, they could leave an optimizer step half done, or a rank waiting for another. The handler
-    of SIGTERM that Lightning has broadcasts where the other ranks may be in another collective, and all would hang.
+    Raised wherever they arrive, they could leave an optimizer step half done, or a rank waiting for another. Lightning
+    broadcasts in its handler of SIGTERM, where the other ranks may be in another collective, and all would hang.
     """
 
     def __init__(self) -> None:

@@ -28,10 +28,12 @@ class RolloutStatistics(Callback, RolloutHooks):
     all ranks), `perf/generate_tokens_per_second` (sampled tokens over `perf/generate_seconds`),
     `perf/update_tokens_per_second` (prompts and completions, without padding, over `perf/update_seconds`) and, for a
     dense transformer on a GPU whose peak is known, `perf/mfu` (model FLOPs utilization of the updates: see
-    `ModelSize.training_flops` for what is counted, `PEAK_TFLOPS` for the peaks); `engine/restarts`, how often so far an
-    engine that had failed was started again, where one can be; and what an engine says of itself: `VLLMServerEngine`
-    has `engine/servers` (that have the newest weights), `engine/lost_servers` and `engine/retried_requests` (so far),
-    as rank 0 sees them.
+    `ModelSize.training_flops` for what is counted, `PEAK_TFLOPS` for the peaks); `perf/token_imbalance` and
+    `perf/padding_fraction` (what the split into micro-batches loses, see
+    `drpo_lightning.datamodules.micro_batches.split_rollout`); `engine/restarts`, how often so far an engine that had
+    failed was started again, where one can be; and what an engine says of itself: `VLLMServerEngine` has
+    `engine/servers` (that have the newest weights), `engine/lost_servers` and `engine/retried_requests` (so far), as
+    rank 0 sees them.
     """
 
     def __init__(self) -> None:
@@ -82,6 +84,8 @@ class RolloutStatistics(Callback, RolloutHooks):
             "perf/tokens_per_second": self._tokens / seconds,
             **self._work.metrics(update_seconds),
         }
+        lost: dict[str, float] = trainer.datamodule.split_statistics  # type: ignore[attr-defined]
+        metrics |= {f"perf/{name}": value for name, value in lost.items()}
         log_metrics(trainer, pl_module, metrics, is_epoch_end=True)
 
 

@@ -100,7 +100,7 @@ def _data_lines(trainer: Trainer, data: RolloutDataModule) -> dict[str, str]:
     rollout = (
         f"{data.num_prompts} prompts x {data.group_size} samples = {completions} completions of at most "
         f"{data.sampling.max_tokens} tokens -> {data.num_updates} updates of {size}, in {window} micro-batches of "
-        f"{size // window // trainer.world_size} on each rank"
+        f"about {round(size / window / trainer.world_size, 1):g} on each rank"
     )
     staleness = f"staleness {data.staleness}" + (
         " (every rollout is of the newest weights)" if not data.staleness else ""

@@ -1,10 +1,13 @@
 """Which samples of a rollout an optimizer update takes, and how they are put into micro-batches."""
 
+import heapq
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from drpo_lightning.batch import Rollout
@@ -43,30 +46,96 @@ def update_rows(seeds: Sequence[int], *, group_size: int, num_updates: int) -> l
     return updates
 
 
-def shuffled_chunks(rows: Sequence[int], *, num_chunks: int, seed: int) -> list[list[int]]:
-    """Puts rows into chunks at random, equally many into each if they can be divided so."""
+def equal_chunks(rows: Sequence[int], *, num_chunks: int, seed: int) -> list[list[int]]:
+    """Puts rows into chunks at random, equally many into each, or one more into some; chunks may be empty."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return [[rows[place] for place in chunk] for chunk in (part.tolist() for part in order.chunk(num_chunks))]
+    return [[rows[place] for place in part.tolist()] for part in order.tensor_split(num_chunks)]
 
 
-def micro_batch_rows(positions: range, *, seed: int, group_size: int, num_updates: int, window: int) -> list[list[int]]:
-    """Samples of each micro-batch of a rank's rollout, the updates one after the other.
+def balanced_chunks(rows: Sequence[int], lengths: Sequence[int], *, num_chunks: int, seed: int) -> list[list[int]]:
+    """Puts rows into chunks of about as many tokens, the largest chunk first; chunks may be empty.
+
+    The longest row goes first, and each into the chunk that has fewest tokens by then: the largest chunk has at most
+    4/3 of the tokens of the best split (Graham 1969), and with many rows hardly more than the mean. Sorted by size, the
+    chunks of several ranks that are computed at the same time are alike.
 
     Args:
-        positions: where this rank's prompts stand in the stream of prompts.
+        rows: numbers of samples.
+        lengths: tokens of every sample of the rollout.
+        num_chunks: how many.
+        seed: of the order of rows of equal length.
+    """
+    (shuffled,) = equal_chunks(rows, num_chunks=1, seed=seed)
+    chunks: list[list[int]] = [[] for _ in range(num_chunks)]
+    smallest = [(0, number) for number in range(num_chunks)]
+    for row in sorted(shuffled, key=lambda row: -lengths[row]):
+        tokens, number = smallest[0]
+        chunks[number].append(row)
+        heapq.heapreplace(smallest, (tokens + lengths[row], number))
+    return [chunks[number] for _, number in sorted(smallest, key=lambda chunk: (-chunk[0], chunk[1]))]
+
+
+class Split(NamedTuple):
+    """How a rank's rollout is split.
+
+    Attributes:
         seed: of the split.
         group_size: samples per prompt.
         num_updates: updates of the rollout.
         window: micro-batches of an update.
+        is_packed: True if micro-batches are balanced by tokens, False if by samples, each of which is as long as the
+            longest then.
     """
-    updates = update_rows(
-        [seed_of(seed, "split", position) for position in positions[:: prompts_per_block(group_size, num_updates)]],
-        group_size=group_size,
-        num_updates=num_updates,
-    )
-    seeds = [seed_of(seed, "micro-batches", positions.start, update) for update in range(num_updates)]
-    chunks = [shuffled_chunks(rows, num_chunks=window, seed=s) for rows, s in zip(updates, seeds, strict=True)]
-    return [chunk for update in chunks for chunk in update]
+
+    seed: int
+    group_size: int
+    num_updates: int
+    window: int
+    is_packed: bool
+
+    def micro_batch_rows(self, positions: range, lengths: Sequence[int]) -> list[list[int]]:
+        """Samples of each micro-batch of the rollout, the updates one after the other.
+
+        Args:
+            positions: where this rank's prompts stand in the stream of prompts.
+            lengths: tokens of every sample, prompt and completion.
+        """
+        firsts = positions[:: prompts_per_block(self.group_size, self.num_updates)]
+        updates = update_rows(
+            [seed_of(self.seed, "split", position) for position in firsts],
+            group_size=self.group_size,
+            num_updates=self.num_updates,
+        )
+        batches = []
+        for update, rows in enumerate(updates):
+            seed = seed_of(self.seed, "micro-batches", positions.start, update)
+            if self.is_packed:
+                batches += balanced_chunks(rows, lengths, num_chunks=self.window, seed=seed)
+            else:
+                batches += equal_chunks(rows, num_chunks=self.window, seed=seed)
+        return batches
+
+    def num_places(self, rows: Sequence[int], lengths: Sequence[int]) -> int:
+        """Tokens that the network computes for a micro-batch, with its padding if it is not packed."""
+        of_rows = [lengths[row] for row in rows]
+        return sum(of_rows) if self.is_packed else len(of_rows) * max(of_rows, default=0)
+
+    def fitting_window(self, positions: range, lengths: Sequence[int], *, max_tokens: int) -> int:
+        """Fewest micro-batches of an update, from `window` on, of which none has more than `max_tokens`.
+
+        As many as an update has samples if none does.
+
+        Args:
+            positions: see `micro_batch_rows`.
+            lengths: likewise.
+            max_tokens: limit of `num_places`.
+        """
+        samples = max(len(lengths) // self.num_updates, self.window)
+        for window in range(self.window, samples):
+            batches = self._replace(window=window).micro_batch_rows(positions, lengths)
+            if max(self.num_places(rows, lengths) for rows in batches) <= max_tokens:
+                return window
+        return samples
 
 
 def update_sizes(rollout: Rollout, micro_batches: Sequence[Sequence[int]], window: int) -> Float[Tensor, "updates 2"]:
@@ -86,8 +155,49 @@ def update_sizes(rollout: Rollout, micro_batches: Sequence[Sequence[int]], windo
     return torch.stack([sizes[start : start + window].sum(0) for start in range(0, len(sizes), window)])
 
 
+def split_rollout(
+    split: Split, positions: range, lengths: Sequence[int], strategy: Strategy, *, max_tokens: int | None = None
+) -> tuple[list[list[int]], dict[str, float]]:
+    """Splits each rank's rollout into micro-batches. Collective.
+
+    Args:
+        split: how.
+        positions: where this rank's prompts stand in the stream of prompts.
+        lengths: tokens of every sample of this rank, prompt and completion.
+        strategy: Lightning's strategy.
+        max_tokens: most tokens of a micro-batch that the network may have to compute; None sets no limit.
+
+    Returns:
+        Samples of each micro-batch of this rank, the updates one after the other, and what is lost by the split:
+        `token_imbalance` is what the rank with most to compute has, over the mean of the ranks, added up over
+        micro-batches: how much longer it takes ranks that wait for each other after each one, 1 if there is one rank.
+        `padding_fraction` is the share of padding in what is computed.
+
+    Raises:
+        SettingError: on every rank, if a micro-batch of any of them has more than `max_tokens`.
+    """
+    batches = split.micro_batch_rows(positions, lengths)
+    tokens = sum(lengths)
+    computed = torch.tensor([*(split.num_places(rows, lengths) for rows in batches), tokens], dtype=torch.float64)
+    largest = strategy.reduce(computed.to(strategy.root_device), reduce_op="max").tolist()[:-1]
+    mean = strategy.reduce(computed.to(strategy.root_device), reduce_op="mean").tolist()
+    if max_tokens is not None and max(largest) > max_tokens:
+        sizes = [max(lengths), split.fitting_window(positions, lengths, max_tokens=max_tokens)]
+        longest, window = strategy.reduce(torch.tensor(sizes, device=strategy.root_device), reduce_op="max").tolist()
+        raise SettingError(
+            f"a micro-batch has {max(largest):.0f} tokens, more than `data.max_tokens_per_batch` {max_tokens}; "
+            + (
+                f"set `trainer.accumulate_grad_batches` to {window} or more, now {split.window}"
+                if longest <= max_tokens
+                else f"set that to {longest} or more, the tokens of the longest sample"
+            )
+        )
+    places = sum(mean[:-1])
+    return batches, {"token_imbalance": sum(largest) / places, "padding_fraction": 1 - mean[-1] / places}
+
+
 def check_batch_sizes(*, num_prompts: int, group_size: int, num_updates: int, window: int, num_ranks: int) -> str:
-    """Checks that rollouts can be split evenly.
+    """Checks that rollouts can be split evenly into updates.
 
     Args:
         num_prompts: prompts of a rollout, over all ranks.
@@ -104,15 +214,17 @@ def check_batch_sizes(*, num_prompts: int, group_size: int, num_updates: int, wi
     """
     if num_prompts % num_ranks:
         raise SettingError(f"`data.num_prompts` {num_prompts} must be a multiple of the {num_ranks} ranks")
-    samples, micro_batches = num_prompts * group_size // num_ranks, num_updates * window
-    if samples % micro_batches:
+    samples = num_prompts * group_size // num_ranks
+    if samples % num_updates:
         raise SettingError(
             f"`data.num_prompts` x `data.group_size` = {samples} completions on each of {num_ranks} ranks cannot be "
-            f"split evenly into `data.num_updates` {num_updates} x `trainer.accumulate_grad_batches` {window} = "
-            f"{micro_batches} micro-batches"
+            f"split evenly into `data.num_updates` {num_updates} updates"
         )
+    per_update = samples // num_updates
+    is_divisible = per_update % window == 0
     return (
         f"Rollout: {num_prompts} prompts x {group_size} samples = {samples * num_ranks} completions -> "
-        f"{num_updates} updates of {samples * num_ranks // num_updates}, each in {window} micro-batches of "
-        f"{samples // micro_batches} on {num_ranks} rank(s)"
+        f"{num_updates} updates of {per_update * num_ranks}, each in {window} micro-batches of "
+        f"about {per_update / window:.{0 if is_divisible else 1}f} on {num_ranks} rank(s)"
+        + (f"; {window - per_update} of them are empty" if window > per_update else "")
     )

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from drpo_lightning.batch import Rollout, RolloutBatch, Sampling, ValidationBatch
 from drpo_lightning.datamodules.curriculum import PassRateCurriculum
 from drpo_lightning.datamodules.loaders import BatchLoader
-from drpo_lightning.datamodules.micro_batches import check_batch_sizes, micro_batch_rows, update_sizes
+from drpo_lightning.datamodules.micro_batches import Split, check_batch_sizes, split_rollout, update_sizes
 from drpo_lightning.datamodules.prompt_encoder import PromptEncoder, PromptFormat
 from drpo_lightning.datamodules.prompt_lengths import OverlongPolicy, without_overlong
 from drpo_lightning.datamodules.prompts import PromptSource
@@ -33,8 +33,9 @@ class RolloutDataModule(ResumableRollouts):
 
     One epoch is one rollout: `num_prompts` prompts, `group_size` completions of each, `num_updates` optimizer updates
     on them. The prompts are split evenly over the ranks and the samples of every prompt at random over the updates, and
-    an update's on a rank over `trainer.accumulate_grad_batches` micro-batches. Which samples an update takes depends on
-    the seed alone: not on the number of ranks or micro-batches, which may both change when a run is resumed.
+    an update's on a rank over `trainer.accumulate_grad_batches` micro-batches of about as many tokens. Which samples an
+    update takes depends on the seed alone: not on the number of ranks or micro-batches, which may both change when a
+    run is resumed.
 
     `trainer.overfit_batches` takes the same prompts for every rollout, the first of the stream, samples them anew each
     time, and trains on as many of the micro-batches as it says; 1.0 is all of them.
@@ -48,6 +49,8 @@ class RolloutDataModule(ResumableRollouts):
         num_prompts: prompts per rollout, over all ranks.
         group_size: completions per prompt, at least 2.
         num_updates: optimizer updates per rollout.
+        max_tokens_per_batch: most tokens of a micro-batch, prompts and completions, on a rank; beyond it the run stops,
+            and says how many `trainer.accumulate_grad_batches` it takes. No limit by default.
         sampling: how completions are drawn.
         val_num_samples: completions per validation prompt.
         val_sampling: how they are drawn; by default as in training.
@@ -78,6 +81,7 @@ class RolloutDataModule(ResumableRollouts):
         num_prompts: int = 64,
         group_size: int = 8,
         num_updates: int = 4,
+        max_tokens_per_batch: int | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         val_num_samples: int = 1,
         val_sampling: Sampling | None = None,
@@ -100,6 +104,7 @@ class RolloutDataModule(ResumableRollouts):
             ("num_prompts", num_prompts),
             ("num_updates", num_updates),
             ("val_num_samples", val_num_samples),
+            ("max_tokens_per_batch", 1 if max_tokens_per_batch is None else max_tokens_per_batch),
             ("max_prompt_tokens", 1 if max_prompt_tokens is None else max_prompt_tokens),
         ):
             if value < 1:
@@ -108,6 +113,7 @@ class RolloutDataModule(ResumableRollouts):
         self.prompts = prompts
         self.model_name = os.path.expanduser(model)
         self.val_prompts = val_prompts
+        self.max_tokens_per_batch = max_tokens_per_batch
         self.sampling = sampling
         self.val_num_samples = val_num_samples
         self.val_sampling = val_sampling or sampling
@@ -124,6 +130,8 @@ class RolloutDataModule(ResumableRollouts):
 
         self.staleness = 0
         """Weight syncs between the weights that sampled the rollout and the newest synced ones: none comes between."""
+        self.split_statistics: dict[str, float] = {}
+        """What is lost by the way that the rollout in use is split, see `split_rollout`."""
         self._served: RolloutBatch | None = None
         self._limit_val_batches: int | float | None = None
         self._val_rows: list[dict[str, Any]] = []
@@ -323,7 +331,7 @@ class RolloutDataModule(ResumableRollouts):
 
     def _score(self, rollout: Rollout, policy: RolloutPolicy) -> None:
         """Adds what the trainer's own models say of a rollout, as far as it is asked for."""
-        batch_size = len(rollout) // self._num_micro_batches
+        batch_size = max(1, len(rollout) // self._num_micro_batches)
         score = partial(policy.score, rollout, batch_size=batch_size, pad_token_id=self.encoder.pad_token_id)
         if policy.needs_proximal_logprobs:
             rollout.proximal_logprobs = score()
@@ -371,20 +379,32 @@ class RolloutDataModule(ResumableRollouts):
         )
 
     def micro_batches(self, rollout: Rollout, num_batches: int) -> list[RolloutBatch]:
-        """Splits the rollout in use at random into its micro-batches and counts every update's tokens. Collective.
+        """Splits the rollout in use into its micro-batches and counts every update's tokens. Collective.
 
         Args:
             rollout: this rank's rollout.
             num_batches: how many of the micro-batches will be trained on; an update at the end may be incomplete.
+
+        Raises:
+            SettingError: if a micro-batch has more than `max_tokens_per_batch`.
         """
         window = int(self._trainer.accumulate_grad_batches)
-        chunks = micro_batch_rows(
-            self._positions(self.iteration - 1),
+        policy = self._trainer.lightning_module
+        split = Split(
             seed=self.seed,
             group_size=self.group_size,
             num_updates=self.num_updates,
             window=window,
-        )[:num_batches]
+            is_packed=isinstance(policy, RolloutPolicy) and policy.is_packed,
+        )
+        chunks, self.split_statistics = split_rollout(
+            split,
+            self._positions(self.iteration - 1),
+            rollout.lengths,
+            self._trainer.strategy,
+            max_tokens=self.max_tokens_per_batch,
+        )
+        chunks = chunks[:num_batches]
         sizes = update_sizes(rollout, chunks, window).to(self._trainer.strategy.root_device)
         totals = self._trainer.strategy.reduce(sizes, reduce_op="sum").long().tolist()
         advantages = group_advantages(rollout.penalized_rewards, rollout.group_size, kind=self.advantage)

@@ -52,6 +52,12 @@ class EngineSide(LightningModule, WeightSource, RolloutPolicy):
         """See `RolloutPolicy`."""
         return self.reference is not None
 
+    @property
+    def is_packed(self) -> bool:
+        """See `RolloutPolicy`."""
+        assert self.network is not None, "configure_model comes first"
+        return self.network.is_packed
+
     def reference_penalties(self, rollout: Rollout) -> Float[Tensor, " samples"] | None:
         """See `RolloutPolicy`."""
         return None if self.reference is None else self.reference.reward_penalties(rollout)

@@ -52,7 +52,7 @@ class Suspects(NamedTuple):
 
     def all_rows(self) -> Bool[Tensor, " batch"]:
         """True for every sample."""
-        return torch.ones_like(self.batch.sample_ids, dtype=torch.bool)
+        return self.batch.sample_ids >= 0
 
     def broken_rows(self) -> Bool[Tensor, " batch"]:
         """True for the samples with such a number."""

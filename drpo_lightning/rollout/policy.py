@@ -26,6 +26,11 @@ class RolloutPolicy(ABC):
     def needs_reference_logprobs(self) -> bool:
         """True if log pi_ref of every sampled token is asked for, of a frozen reference model."""
 
+    @property
+    def is_packed(self) -> bool:
+        """True if the padding of a micro-batch costs nothing; micro-batches have as many tokens each then."""
+        return False
+
     @abstractmethod
     def score(
         self, rollout: Rollout, *, batch_size: int, pad_token_id: int, by_reference: bool = False

@@ -65,7 +65,7 @@ def test_the_start_says_what_will_be_done(make_run, model_folder, tmp_path, caps
     assert shown["engine"] == "TransformersEngine"
     assert shown["rollout"] == (
         f"4 prompts x 4 samples = 16 completions of at most {run.data.sampling.max_tokens} tokens -> "
-        "2 updates of 8, in 1 micro-batches of 8 on each rank"
+        "2 updates of 8, in 1 micro-batches of about 8 on each rank"
     )
     tokens = 3 * 16 * run.data.sampling.max_tokens
     assert shown["run"] == (

@@ -1,5 +1,7 @@
 """Prompts as the model sees them, and settings that cannot work."""
 
+import re
+
 import pytest
 from lightning.pytorch import Trainer
 
@@ -53,6 +55,7 @@ def test_a_model_without_generation_config_stops_at_the_tokenizer_s_token(make_r
     [
         ({"group_size": 1}, r"`data\.group_size` must be at least 2, got 1: an advantage compares"),
         ({"num_prompts": 0}, r"`data\.num_prompts` must be at least 1, got 0"),
+        ({"max_tokens_per_batch": 0}, r"`data\.max_tokens_per_batch` must be at least 1, got 0"),
         ({"num_updates": 0}, r"`data\.num_updates` must be at least 1, got 0"),
         ({"val_num_samples": 0}, r"`data\.val_num_samples` must be at least 1, got 0"),
     ],
@@ -70,8 +73,7 @@ LONG = "1+" * 255 + "1="  # 512 characters and tokens, the whole context
     [
         (
             {"num_updates": 3},
-            r"= 16 completions on each of 1 ranks cannot be split evenly into `data\.num_updates` 3 x "
-            r"`trainer\.accumulate_grad_batches` 2 = 6",
+            r"= 16 completions on each of 1 ranks cannot be split evenly into `data\.num_updates` 3 updates",
         ),
         ({"prompts": Listed("1+1=", LONG)}, r"`data\.prompts`: prompt 1 has 512 tokens and may be continued by 4"),
         ({"prompts": Listed(LONG[4:]), "sampling": Sampling(5, 1.5)}, "508 tokens .* more than the context of 512"),
@@ -102,6 +104,24 @@ def test_the_engine_may_make_the_context_shorter(make_run):
     run = make_run(data={"engine": engine, "prompts": Listed("1+1=")})
     with pytest.raises(ValueError, match=r"4 tokens and may be continued by 4 .* more than the context of 7"):
         run.fit()
+
+
+@pytest.mark.parametrize("packing", ["always", "never"])
+def test_a_micro_batch_that_is_too_large_stops_the_run_before_it_is_trained_on(make_run, packing):
+    def fit(window, limit):
+        run = make_run(
+            module={"packing": packing},
+            data={"max_tokens_per_batch": limit},
+            trainer={"accumulate_grad_batches": window},
+        )
+        run.fit()
+        return run
+
+    with pytest.raises(SettingError, match=r"more than `data\.max_tokens_per_batch` 20; set") as stop:
+        fit(2, 20)
+    window = int(re.search(r"set `trainer\.accumulate_grad_batches` to (\d+) or more, now 2", str(stop.value))[1])
+    assert window > 2
+    assert fit(window, 20).trainer.global_step == 2
 
 
 def test_a_run_needs_a_reward(make_run):

@@ -75,6 +75,7 @@ class Case:
 LAYOUTS = [
     ("drpo", 1, False),
     ("drpo", 4, False),
+    ("drpo", 9, False),  # of 8 samples on each rank: the last is empty
     ("dppo_clipped", 2, True),
     ("masked_rank", 1, False),
     ("masked_micro_batch", 2, False),

@@ -65,16 +65,15 @@ class RecordedRollout(LightningDataModule):
         return self.batches.values()  # a list would be as many loaders
 
     def micro_batches(self, number):
-        """This rank's micro-batches of an update: consecutive parts of its samples."""
+        """This rank's micro-batches of an update: consecutive parts of its samples, which may be empty."""
         samples, accumulate = self.updates[number], self.trainer.accumulate_grad_batches
         masked = [is_masked(self.problem, row) for row in range(len(samples))]
         num_tokens = sum(
             0 if is_without else len(sample.token_ids) for sample, is_without in zip(samples, masked, strict=True)
         )
-        size = len(samples) // (self.trainer.world_size * accumulate)
-        first = self.trainer.global_rank * accumulate * size
-        for start in range(first, first + accumulate * size, size):
-            rows = list(range(start, start + size))
+        own = torch.arange(len(samples)).tensor_split(self.trainer.world_size)[self.trainer.global_rank]
+        for part in own.tensor_split(accumulate):
+            rows = part.tolist()
             batch = RolloutBatch.collate(
                 rollout_of(samples),
                 rows,
@@ -83,8 +82,9 @@ class RecordedRollout(LightningDataModule):
                 num_update_tokens=num_tokens,
                 num_update_sequences=len(samples),
             )
-            batch.completion_mask[torch.tensor([masked[row] for row in rows])] = False
-            batch.sample_ids += number * len(samples)
+            if rows:
+                batch.completion_mask[torch.tensor([masked[row] for row in rows])] = False
+            batch.sample_ids += number * len(samples) if rows else -number
             yield batch
 
     def val_dataloader(self):

@@ -12,6 +12,7 @@ from drpo_lightning.datamodules import ArithmeticPrompts, RolloutDataModule
 from drpo_lightning.modules import PolicyModule
 from drpo_lightning.modules.checks import check_sampling
 from drpo_lightning.modules.logprob_backends import TokenLogprobs
+from drpo_lightning.modules.reference import ReferencePenalty
 from drpo_lightning.objectives import (
     CISPO,
     DPPO,
@@ -63,7 +64,7 @@ def logged(monkeypatch):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=lambda settings: settings["aggregation"])
 def test_updates_do_not_depend_on_the_micro_batches(make_run, logged, aggregation):
     weights = []
-    for accumulate in (1, 2, 8):
+    for accumulate in (1, 3, 8, 11):  # of 8 samples: the last three are empty
         run = make_run(
             trainer={"accumulate_grad_batches": accumulate, "logger": DummyLogger()},
             module={"optimizer": sgd, "objective": DRPO(0.2)} | aggregation,
@@ -76,21 +77,23 @@ def test_updates_do_not_depend_on_the_micro_batches(make_run, logged, aggregatio
         torch.testing.assert_close(weights[0], other, rtol=1e-4, atol=1e-5)
     for name in ("optim/loss", "optim/grad_norm"):
         steps, values = zip(*logged[name], strict=True)
-        assert steps == (1, 2) * 3
+        assert steps == (1, 2) * 4
         for i in (0, 1):
-            assert values[i::2] == pytest.approx([values[i]] * 3, rel=1e-3, abs=1e-6)
+            assert values[i::2] == pytest.approx([values[i]] * 4, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("objective", [GSPO(0.3, 0.5), TopKDPPO(4), Decoupled(ClippedRatio())], ids=repr)
 def test_what_an_objective_asks_for_is_split_with_the_update(make_run, objective):
     weights = []
-    for accumulate in (1, 4):
+    for accumulate in (1, 4, 9):  # of 8 samples: the last is empty
         run = make_run(
-            trainer={"accumulate_grad_batches": accumulate}, module={"optimizer": sgd, "objective": objective}
+            trainer={"accumulate_grad_batches": accumulate},
+            module={"optimizer": sgd, "objective": objective, "reference": ReferencePenalty(0.1)},
         )
         run.fit()
         weights.append(weights_of(run))
-    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+    for other in weights[1:]:
+        torch.testing.assert_close(weights[0], other, rtol=1e-4, atol=1e-5)
 
 
 def make_started(make_run):
