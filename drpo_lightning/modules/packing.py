@@ -44,16 +44,16 @@ class PackedSequences:
         """The samples by length: what padding a group has is a fifth of its longest sample, or a few tokens."""
         device = self.cumulative_lengths.device
         starts = self.cumulative_lengths[:-1].long().tolist()
-        places, tokens = [], []
+        places, masks = [], []
         for samples in similar(self.lengths):
             first = torch.tensor([starts[sample] for sample in samples], device=device)[:, None]
             columns = torch.arange(self.lengths[samples[0]], device=device)
             is_token = columns < torch.tensor([self.lengths[sample] for sample in samples], device=device)[:, None]
             places.append(first + columns * is_token)
-            tokens.append(is_token.flatten())
-        is_token, place = torch.cat(tokens).nonzero().squeeze(1), torch.cat([group.flatten() for group in places])
-        restore = torch.empty_like(is_token)
-        restore[place[is_token]] = is_token
+            masks.append(is_token.flatten())
+        of_tokens = torch.cat(masks).nonzero().squeeze(1)
+        restore = torch.empty_like(of_tokens)
+        restore[torch.cat([group.flatten() for group in places])[of_tokens]] = of_tokens
         return LengthGroups(places, restore)
 
 
