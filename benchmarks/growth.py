@@ -16,8 +16,8 @@ import argparse
 import multiprocessing
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -161,21 +161,8 @@ def peak(device: torch.device) -> int:
 
 def cost_in_a_process_of_its_own(work: Work, settings: argparse.Namespace, *, is_packed: bool) -> Cost:
     """See `cost`; this process keeps no memory of it, and no GPU."""
-
-    def send(connection: Connection) -> None:
-        connection.send(cost(work, settings, is_packed=is_packed))
-
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send, args=(sender,))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()  # type: ignore[no-any-return]
-    except EOFError as error:
-        raise SystemExit(f"the process of {work} ended without a result") from error
-    finally:
-        process.join()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(cost, work, settings, is_packed=is_packed).result()
 
 
 def plot(costs: dict[str, list[tuple[int, Cost, Cost]]], path: str) -> None:
