@@ -54,6 +54,8 @@ class Completion:
         finish_reason: `stop` after an end-of-sequence token, `length` if it was cut off.
         topk_ids: the K most likely tokens under mu at each position, most likely first; None if not asked for.
         topk_logprobs: log mu of those, in nats.
+        weights_version: number of the oldest weights that a token can have been drawn with, see
+            `Rollout.weights_version`; None if all were drawn with the newest.
 
     Raises:
         ValueError: if there is not one logprob per token, or not one row of the top K.
@@ -64,6 +66,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     topk_ids: Int[Tensor, "tokens k"] | None = field(default=None, compare=False)
     topk_logprobs: Float[Tensor, "tokens k"] | None = field(default=None, compare=False)
+    weights_version: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
@@ -104,6 +107,8 @@ class Rollout:
         reward_timeouts: True where a reward took too long, likewise.
         answers: final answer of each completion, equal texts for equal answers, None where there is none; None if no
             reward says what an answer is.
+        weights_version: number of the newest weights that the engine had when the rollout was complete: rollouts that
+            they were trained on.
     """
 
     prompts: list[str]
@@ -121,6 +126,7 @@ class Rollout:
     reward_errors: dict[str, Bool[Tensor, " samples"]] = field(default_factory=dict)
     reward_timeouts: dict[str, Bool[Tensor, " samples"]] = field(default_factory=dict)
     answers: list[str | None] | None = None
+    weights_version: int = 0
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -135,6 +141,16 @@ class Rollout:
         """Tokens of each sample, prompt and completion."""
         pairs = zip(self.prompt_ids, self.completions, strict=True)
         return [len(prompt) + len(completion.token_ids) for prompt, completion in pairs]
+
+    @property
+    def staleness(self) -> Int[Tensor, " samples"]:
+        """Weight syncs between the oldest weights that each sample was drawn with and the newest synced ones.
+
+        One sync is counted for each rollout that was trained on in between.
+        """
+        newest = self.weights_version
+        versions = (completion.weights_version for completion in self.completions)
+        return torch.tensor([0 if version is None else newest - version for version in versions], dtype=torch.long)
 
     @property
     def is_kept(self) -> Bool[Tensor, " samples"]:

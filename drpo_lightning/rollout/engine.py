@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,34 @@ from drpo_lightning.batch import Completion, Sampling
 from drpo_lightning.errors import SettingError
 
 SleepMode = Literal["auto", "always", "never"]
+InFlight = Literal["continue", "drop"]
+"""What becomes of the requests that are in flight when weights are loaded, see `RolloutEngine.sample_ahead`."""
 
 
 class EngineError(RuntimeError):
     """An engine did not start, did not answer in time, or is gone."""
+
+
+class Request(NamedTuple):
+    """What `RolloutEngine.submit` is asked for: the completions of one prompt.
+
+    Attributes:
+        number: tells the request from others.
+        prompt_ids: token ids of the prompt.
+        sampling: how completions are drawn.
+        num_samples: how many.
+        stop_token_ids: tokens that end a completion; they are part of it.
+        seed: see `RolloutEngine.generate`.
+        num_topk: likewise.
+    """
+
+    number: int
+    prompt_ids: Sequence[int]
+    sampling: Sampling
+    num_samples: int
+    stop_token_ids: Sequence[int]
+    seed: int | None = None
+    num_topk: int = 0
 
 
 class RolloutEngine(ABC):
@@ -37,6 +61,7 @@ class RolloutEngine(ABC):
             process.
         num_restarts: times that it was started again since it was first started.
         timeout_seconds: the longest that a call should take.
+        weights_version: number of the weights that are loaded next, which the completions of `collect` carry.
     """
 
     cache_block_tokens: int = 0
@@ -47,6 +72,7 @@ class RolloutEngine(ABC):
     max_restarts: int = 0
     num_restarts: int = 0
     timeout_seconds: float = 3600.0
+    weights_version: int = 0
 
     def __init__(self, sleep: SleepMode = "auto") -> None:
         self.sleep_mode = sleep
@@ -119,6 +145,41 @@ class RolloutEngine(ABC):
         Returns:
             For each prompt its completions, with logprobs of the distribution that was sampled from.
         """
+
+    def sample_ahead(self, in_flight: InFlight) -> None:  # noqa: ARG002
+        """Asks, before `start`, for an engine that samples while the trainer trains: one with `submit`.
+
+        Args:
+            in_flight: what becomes of the requests that have not finished when weights are loaded. `continue`: they
+                are interrupted between two tokens, all that is cached of them is computed anew, and the tokens to come
+                are drawn with the new weights. `drop`: what they have is thrown away, and they begin anew.
+
+        Raises:
+            SettingError: if the engine cannot.
+        """
+        raise SettingError(
+            f"`data.max_staleness` must be 0 with {type(self).__name__}, which does not sample while the trainer "
+            "trains; set `data.engine: drpo_lightning.rollout.VLLMEngine`, in a process of its own for each rank"
+        )
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Begins to sample, and returns at once. Of engines that `sample_ahead`."""
+        raise NotImplementedError(f"{type(self).__name__} does not sample ahead")
+
+    def collect(self, numbers: Sequence[int]) -> dict[int, list[Completion]]:
+        """Waits for the completions of some of the submitted requests, and takes them.
+
+        Args:
+            numbers: of the requests.
+
+        Returns:
+            Of each request the completions, each with the `weights_version` that its request began with.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not sample ahead")
+
+    def finished(self) -> dict[int, list[Completion]]:
+        """Takes the completions of the submitted requests that have finished, without waiting, as `collect` does."""
+        raise NotImplementedError(f"{type(self).__name__} does not sample ahead")
 
     @abstractmethod
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

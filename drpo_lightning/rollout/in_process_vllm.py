@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from drpo_lightning.batch import Completion, Sampling
-from drpo_lightning.rollout.engine import EngineError
+from drpo_lightning.rollout.engine import EngineError, InFlight, Request
 from drpo_lightning.rollout.heap import give_back_freed_memory
 from drpo_lightning.rollout.randomness import OwnRandomness
 from drpo_lightning.rollout.served import Heartbeat
+from drpo_lightning.rollout.vllm_requests import VLLMRequests
 
 
 class InProcessVLLM:
@@ -29,7 +30,9 @@ class InProcessVLLM:
             self._llm = LLM(**llm_kwargs)
         if heartbeat is not None:
             _beat_at_every_step(self._llm.llm_engine, heartbeat)
-        self._adapter: Any = None
+        self._requests = VLLMRequests(self._llm.llm_engine)
+        self._submitted: dict[int, str] = {}
+        """Names of the requests of `submit` by their numbers, until their completions are taken."""
 
     def properties(self) -> tuple[int, int, str]:
         """Tokens of the context, tokens of one block of the prefix cache (0 if it is off), and the precision."""
@@ -47,53 +50,73 @@ class InProcessVLLM:
         seeds: Sequence[int] | None,
         num_topk: int,
     ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`."""
-        from vllm import SamplingParams, TokensPrompt
-
-        parameters = [
-            SamplingParams(
-                n=num_samples,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_tokens=sampling.max_tokens,
-                stop_token_ids=list(stop_token_ids),
-                ignore_eos=True,  # `stop_token_ids` are the only tokens that stop
-                logprobs=num_topk,
-                flat_logprobs=True,
-                detokenize=False,
-                seed=None if seeds is None else seeds[i],
-            )
-            for i in range(len(prompt_ids))
-        ]
-        prompts = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompt_ids]
+        """See `RolloutEngine.generate`; submitted requests go on meanwhile."""
+        settings = (sampling, num_samples, stop_token_ids)
+        requests = (
+            Request(number, ids, *settings, None if seeds is None else seeds[number], num_topk)
+            for number, ids in enumerate(prompt_ids)
+        )
         with self._own_randomness():
-            outputs = self._llm.generate(prompts, parameters, use_tqdm=False, lora_request=self._adapter)
-        if not torch.cuda.is_available():
-            give_back_freed_memory()
-        _check_prompts(outputs, prompt_ids)
-        return [
-            [_completion(sample, num_topk) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
-            for output in outputs
-        ]
+            names = self._requests.begin(requests)
+            self._requests.finish(names)
+        _give_back_memory()
+        return [self._requests.take(name) for name in names]
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """See `RolloutEngine.load_weights`."""
+    def submit(self, requests: Sequence[Request]) -> None:
+        """See `RolloutEngine.submit`."""
+        names = self._requests.begin(requests)
+        self._submitted |= {request.number: name for request, name in zip(requests, names, strict=True)}
+
+    def work(self) -> bool:
+        """Computes a token of each running sequence; False if there is none."""
+        if not self._requests.are_in_flight:
+            return False
+        with self._own_randomness():
+            self._requests.step()
+        return True
+
+    def collect(self, numbers: Sequence[int]) -> dict[int, list[Completion]]:
+        """See `RolloutEngine.collect`."""
+        with self._own_randomness():
+            self._requests.finish([self._submitted[number] for number in numbers])
+        _give_back_memory()
+        return self._take(numbers)
+
+    def finished(self) -> dict[int, list[Completion]]:
+        """See `RolloutEngine.finished`."""
+        return self._take([number for number, name in self._submitted.items() if self._requests.has_finished(name)])
+
+    def _take(self, numbers: Sequence[int]) -> dict[int, list[Completion]]:
+        return {number: self._requests.take(self._submitted.pop(number)) for number in numbers}
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int, in_flight: InFlight) -> None:
+        """See `RolloutEngine.load_weights`.
+
+        Args:
+            weights: name and tensor.
+            version: their number, see `RolloutEngine.weights_version`.
+            in_flight: what becomes of unfinished requests, see `RolloutEngine.sample_ahead`.
+        """
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        self._reset_prefix_cache()
+        self._go_on(version, in_flight)
 
-    def load_adapter(self, folder: str) -> None:
-        """Loads the adapters in a folder in place of those that were loaded before."""
+    def load_adapter(self, folder: str, version: int, in_flight: InFlight) -> None:
+        """Loads the adapters in a folder in place of those that were loaded before; see `load_weights`."""
         from vllm.lora.request import LoRARequest
 
         # A request that says `load_inplace` would read the folder again at every step of generation.
         if not self._llm.llm_engine.add_lora(LoRARequest("policy", 1, folder, load_inplace=True)):
             raise EngineError("vLLM did not load the adapters")
-        self._adapter = LoRARequest("policy", 1, folder)
-        self._reset_prefix_cache()
+        self._requests.adapter = LoRARequest("policy", 1, folder)
+        self._go_on(version, in_flight)
 
-    def _reset_prefix_cache(self) -> None:
-        if not self._llm.reset_prefix_cache():
+    def _go_on(self, version: int, in_flight: InFlight) -> None:
+        """Lets requests go on with new weights: none reads what is cached of older ones, of itself or of others."""
+        self._requests.weights_version = version
+        if in_flight == "drop":
+            self._requests.begin_anew()
+        # A running request is put back to where nothing of it is computed yet; its tokens stay.
+        if not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise EngineError("the prefix cache could not be reset: requests of an earlier rollout hold its blocks")
 
     def sleep(self) -> None:
@@ -109,6 +132,11 @@ class InProcessVLLM:
         self._llm.llm_engine.engine_core.shutdown()
 
 
+def _give_back_memory() -> None:
+    if not torch.cuda.is_available():
+        give_back_freed_memory()
+
+
 def _beat_at_every_step(engine: Any, heartbeat: Heartbeat) -> None:  # noqa: ANN401
     """Shows progress whenever vLLM begins to compute the next token of each running sequence."""
     step = engine.step
@@ -118,29 +146,3 @@ def _beat_at_every_step(engine: Any, heartbeat: Heartbeat) -> None:  # noqa: ANN
         return step()
 
     engine.step = beating_step
-
-
-def _check_prompts(outputs: Sequence[Any], prompt_ids: Sequence[Sequence[int]]) -> None:
-    """Raises `EngineError` unless each of vLLM's `RequestOutput`s continues the prompt in its place."""
-    if len(outputs) != len(prompt_ids):
-        raise EngineError(f"vLLM answered {len(outputs)} of {len(prompt_ids)} requests")
-    for number, (output, ids) in enumerate(zip(outputs, prompt_ids, strict=True)):
-        if list(output.prompt_token_ids) != list(ids):
-            raise EngineError(
-                f"vLLM did not continue the prompt of request {number}, which ends with tokens {list(ids)[-5:]}, but "
-                f"one that ends with {list(output.prompt_token_ids)[-5:]}"
-            )
-
-
-def _completion(sample: Any, num_topk: int) -> Completion:  # noqa: ANN401
-    """Our completion from vLLM's `CompletionOutput`: at each place the sampled token's logprob, then the top K."""
-    if sample.finish_reason not in ("stop", "length"):
-        raise EngineError(f"vLLM ended a completion with {sample.finish_reason!r} instead of `stop` or `length`")
-    token_ids = list(sample.token_ids)
-    shape = (len(token_ids), -1)
-    ids = torch.tensor(sample.logprobs.token_ids).view(shape)
-    logprobs = torch.tensor(sample.logprobs.logprobs).view(shape)
-    if ids[:, 0].tolist() != token_ids:
-        raise EngineError("vLLM returned logprobs of other tokens than it sampled")
-    topk = {"topk_ids": ids[:, 1:].clone(), "topk_logprobs": logprobs[:, 1:].clone()} if num_topk else {}
-    return Completion(token_ids, logprobs[:, 0].tolist(), sample.finish_reason, **topk)

@@ -35,6 +35,9 @@ class EngineProcess:
     long, so that nothing waits for ever: neither for an answer nor, with a stopped child, for it to take the question.
     The child ends itself when its parent, the thread that made this object, is gone.
 
+    An object with a method `work` has it called between calls, as long as it returns True: for work that goes on while
+    nobody waits for it. What it raises is the answer to the next call.
+
     Args:
         factory: builds the object in the child; importable by name.
         args: arguments of the factory.
@@ -101,13 +104,23 @@ class EngineProcess:
         """
         return self._exchange(method, [(method, args, kwargs)], timeout_seconds, stall_timeout_seconds)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, timeout_seconds: float) -> None:
+    def load_weights(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        *args: Any,  # noqa: ANN401
+        timeout_seconds: float,
+    ) -> None:
         """Streams weights through the shared buffer into the object's `load_weights`.
 
+        Args:
+            weights: name and tensor.
+            args: further arguments of the method.
+            timeout_seconds: how long each bucket may take.
+
         Raises:
-            EngineError: as `call`; the timeout is for each bucket.
+            EngineError: as `call`.
         """
-        head: list[Any] = [("load_weights", (), {})]
+        head: list[Any] = [("load_weights", args, {})]
         for layout in self._fill_buckets(weights):
             self._exchange("load_weights", [*head, layout], timeout_seconds)
             head = []

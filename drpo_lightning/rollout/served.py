@@ -101,14 +101,18 @@ def _answer_calls(connection: Connection, buffer: Tensor, factory: Callable[...,
         connection.recv()
         connection.send(("error", traceback.format_exc()))
         return
+    work: Callable[[], bool] = getattr(target, "work", lambda: False)
     while True:
+        failure = _work_until_called(connection, work)
         method, call_args, kwargs = connection.recv()
         if method == "close":
             target.close()
             return
         try:
+            if failure is not None:
+                raise failure
             if method == "load_weights":
-                target.load_weights(_incoming_weights(connection, buffer))
+                target.load_weights(_incoming_weights(connection, buffer), *call_args)
                 result = None
             else:
                 result = getattr(target, method)(*call_args, **kwargs)
@@ -117,6 +121,16 @@ def _answer_calls(connection: Connection, buffer: Tensor, factory: Callable[...,
         except Exception:  # noqa: BLE001 - whatever it is, it belongs to the caller in the other process
             answer = pickle.dumps(("error", traceback.format_exc()))
         connection.send_bytes(answer)
+
+
+def _work_until_called(connection: Connection, work: Callable[[], bool]) -> Exception | None:
+    """Works as long as there is something to do and no call has come; what went wrong."""
+    try:
+        while not connection.poll() and work():
+            pass
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer to the next call
+        return error
+    return None
 
 
 def _incoming_weights(connection: Connection, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:

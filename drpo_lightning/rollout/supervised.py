@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from drpo_lightning.batch import Completion, Sampling
-from drpo_lightning.rollout.engine import EngineError, RolloutEngine
+from drpo_lightning.rollout.engine import EngineError, InFlight, Request, RolloutEngine
 from drpo_lightning.rollout.ranks import Ranks
 from drpo_lightning.rollout.weights import WeightStream
 from drpo_lightning.rollout.wrapped import WrappedEngine
@@ -23,10 +23,11 @@ LEAST_WAIT_SECONDS = 7200.0
 class SupervisedEngine(WrappedEngine):
     """An engine that is ended, started again, given the trainer's weights and asked again when it fails.
 
-    `start`, `load_weights`, `load_adapter` and `generate` are collective over all ranks. After each of them the ranks
-    tell each other whose engine has failed. Those restart theirs while all take part in gathering the weights, since a
-    sharded one has a part on each rank; the others' engines are left alone and keep what they have sampled. A failure
-    of `sleep` or `wake` is noticed at the next sync.
+    `start`, `load_weights`, `load_adapter`, `generate` and `collect` are collective over all ranks. After each of them
+    the ranks tell each other whose engine has failed. Those restart theirs while all take part in gathering the
+    weights, since a sharded one has a part on each rank; the others' engines are left alone and keep what they have
+    sampled. A failure of the other methods is noticed at the next of those. What was submitted to an engine that has
+    failed, and not collected yet, is submitted again.
 
     After `max_restarts` of the engine, counted in a row and of any rank, the next failure is raised on every rank; so
     is one of the first start. Seeded requests give the same completions again.
@@ -45,6 +46,8 @@ class SupervisedEngine(WrappedEngine):
         self._failure: EngineError | None = None
         """Of this rank's engine, which is of no use until it is started again."""
         self._num_in_a_row = 0
+        self._submitted: dict[int, Request] = {}
+        """What the engine was asked for and has not handed over, by number."""
 
     @property
     def is_started(self) -> bool:
@@ -82,6 +85,32 @@ class SupervisedEngine(WrappedEngine):
         self.context_tokens = self.engine.context_tokens
         self.dtype_name = self.engine.dtype_name
 
+    def sample_ahead(self, in_flight: InFlight) -> None:
+        """See `RolloutEngine.sample_ahead`."""
+        self.engine.sample_ahead(in_flight)
+        self.sleep_mode = self.engine.sleep_mode
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """See `RolloutEngine.submit`."""
+        self._submitted |= {request.number: request for request in requests}
+        self._attempt(lambda: self.engine.submit(requests))
+
+    def collect(self, numbers: Sequence[int]) -> dict[int, list[Completion]]:
+        """See `RolloutEngine.collect`."""
+        groups = self._until_well(lambda: self.engine.collect(numbers))
+        self._forget(groups)
+        return groups
+
+    def finished(self) -> dict[int, list[Completion]]:
+        """See `RolloutEngine.finished`; nothing of an engine that has failed, which is noticed later."""
+        groups = self._attempt(self.engine.finished) or {}
+        self._forget(groups)
+        return groups
+
+    def _forget(self, groups: Iterable[int]) -> None:
+        for number in groups:
+            del self._submitted[number]
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See `RolloutEngine.load_weights`.
 
@@ -104,6 +133,7 @@ class SupervisedEngine(WrappedEngine):
 
     def _send_weights(self, *, is_outdated: bool) -> None:
         """Gathers the weights, and sends them to this rank's engine if its own are outdated."""
+        self.engine.weights_version = self.weights_version
         stream = WeightStream(self._weights)
         if is_outdated:
             self._attempt(lambda: self._load(stream))
@@ -131,12 +161,16 @@ class SupervisedEngine(WrappedEngine):
                 num_topk=num_topk,
             )
 
-        groups = self._attempt(generate)
+        return self._until_well(generate)
+
+    def _until_well(self, task: Callable[[], T]) -> T:
+        """The result of a task on the engine, which is restarted until the task is done. Collective."""
+        result = self._attempt(task)
         while self._recover():
-            if groups is None:
-                groups = self._attempt(generate)
-        assert groups is not None
-        return groups
+            if result is None:
+                result = self._attempt(task)
+        assert result is not None
+        return result
 
     def _attempt(self, task: Callable[[], T]) -> T | None:
         """The result of a task on the engine; None if it fails, or has failed before."""
@@ -171,6 +205,8 @@ class SupervisedEngine(WrappedEngine):
                 self._failure = None
                 self._attempt(self._start)
             self._send_weights(is_outdated=has_failed)
+            if has_failed and self._submitted:
+                self._attempt(lambda: self.engine.submit(list(self._submitted.values())))
 
     def _count(self, failures: Sequence[str]) -> None:
         """Gives up if too many engines have failed in a row, and else says what happened."""
@@ -215,6 +251,7 @@ class SupervisedEngine(WrappedEngine):
         self._failure = None
         self._ranks.leave()
         self._weights = ()
+        self._submitted = {}
         self.engine.close()
 
 

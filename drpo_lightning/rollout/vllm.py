@@ -13,7 +13,7 @@ from drpo_lightning.batch import Completion, Sampling
 from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout.adapter_folder import AdapterFolder
 from drpo_lightning.rollout.adapters import write_adapter
-from drpo_lightning.rollout.engine import EngineError, RolloutEngine, SleepMode
+from drpo_lightning.rollout.engine import EngineError, InFlight, Request, RolloutEngine, SleepMode
 from drpo_lightning.rollout.in_process_vllm import InProcessVLLM
 from drpo_lightning.rollout.process import BUCKET_BYTES, EngineProcess
 from drpo_lightning.rollout.served import Heartbeat
@@ -31,7 +31,8 @@ class VLLMEngine(RolloutEngine):
 
     Args:
         process: `in_process` shares the trainer's process (one rank only), `own` starts one for the engine;
-            `auto` is `in_process` on one rank, on a CPU or the first GPU, and else `own`.
+            `auto` is `in_process` on one rank, on a CPU or the first GPU, and else `own`, as with
+            `data.max_staleness` above 0.
         dtype: precision of the weights and activations, vLLM's `dtype`.
         max_model_len: most tokens of prompt and completion; by default the model's context.
         gpu_memory_utilization: share of the GPU's memory for weights and KV cache; without meaning on a CPU.
@@ -102,6 +103,7 @@ class VLLMEngine(RolloutEngine):
         self._remote: EngineProcess | None = None
         self._on_cpu = True
         self._adapter_folder: AdapterFolder | None = None
+        self._in_flight: InFlight = "continue"
 
     def check_available(self) -> None:
         """Raises `SettingError` if vLLM is not installed."""
@@ -132,6 +134,21 @@ class VLLMEngine(RolloutEngine):
     def can_sleep(self) -> bool:
         """True on a GPU: vLLM's sleep level 1 frees the KV cache and moves the weights to the host's memory."""
         return not self._on_cpu
+
+    def sample_ahead(self, in_flight: InFlight) -> None:
+        """See `RolloutEngine.sample_ahead`: takes a process of its own, and does not sleep."""
+        if self.process == "in_process":
+            raise SettingError(
+                "`data.max_staleness` must be 0 with `process: in_process`, where the engine waits while the trainer "
+                "trains; set `process: own`"
+            )
+        if self.sleep_mode == "always":
+            raise SettingError(
+                "`data.max_staleness` must be 0 with `sleep: always`: an engine that samples while the trainer trains "
+                "keeps its memory; set `sleep: never`"
+            )
+        self.process, self.sleep_mode = "own", "never"
+        self._in_flight = in_flight
 
     def start(
         self,
@@ -194,7 +211,7 @@ class VLLMEngine(RolloutEngine):
     def _call(self, method: str, timeout_seconds: float, *args: Any) -> Any:  # noqa: ANN401
         """Calls the engine, here or in its own process. Here a timeout has no meaning: it is our own computation."""
         if self._remote is not None:
-            stall_seconds = self.stall_timeout_seconds if method == "generate" else math.inf
+            stall_seconds = self.stall_timeout_seconds if method in ("generate", "collect") else math.inf
             return self._remote.call(
                 method, *args, timeout_seconds=timeout_seconds, stall_timeout_seconds=stall_seconds
             )
@@ -214,19 +231,33 @@ class VLLMEngine(RolloutEngine):
         arguments = (prompt_ids, sampling, num_samples, stop_token_ids, seeds, num_topk)
         return self._call("generate", self.generate_timeout_seconds, *arguments)  # type: ignore[no-any-return]
 
+    def submit(self, requests: Sequence[Request]) -> None:
+        """See `RolloutEngine.submit`."""
+        self._call("submit", self.sync_timeout_seconds, requests)
+
+    def collect(self, numbers: Sequence[int]) -> dict[int, list[Completion]]:
+        """See `RolloutEngine.collect`."""
+        return self._call("collect", self.generate_timeout_seconds, numbers)  # type: ignore[no-any-return]
+
+    def finished(self) -> dict[int, list[Completion]]:
+        """See `RolloutEngine.finished`."""
+        return self._call("finished", self.sync_timeout_seconds)  # type: ignore[no-any-return]
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See `RolloutEngine.load_weights`."""
+        arguments = (self.weights_version, self._in_flight)
         if self._remote is not None:
-            self._remote.load_weights(weights, timeout_seconds=self.sync_timeout_seconds)
+            self._remote.load_weights(weights, *arguments, timeout_seconds=self.sync_timeout_seconds)
         elif self._local is not None:
-            self._local.load_weights(weights)
+            self._local.load_weights(weights, *arguments)
 
     def load_adapter(self, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]]) -> None:
         """See `RolloutEngine.load_adapter`; vLLM reads them from a private temporary folder."""
         if self._adapter_folder is None:
             self._adapter_folder = AdapterFolder()
         write_adapter(self._adapter_folder.name, config, weights)
-        self._call("load_adapter", self.sync_timeout_seconds, self._adapter_folder.name)
+        arguments = (self._adapter_folder.name, self.weights_version, self._in_flight)
+        self._call("load_adapter", self.sync_timeout_seconds, *arguments)
 
     def _sleep(self) -> None:
         self._call("sleep", self.sync_timeout_seconds)

@@ -113,8 +113,15 @@ class SwapsPrompts(InProcessVLLM):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        generate = self._llm.generate
-        self._llm.generate = lambda *requests, **settings: generate(*requests, **settings)[::-1]
+        step = self._llm.llm_engine.step
+
+        def swapping_step():
+            outputs = step()
+            for output in outputs:
+                output.request_id = str(2 - int(output.request_id))
+            return outputs
+
+        self._llm.llm_engine.step = swapping_step
 
 
 def test_completions_of_other_prompts_are_caught(monkeypatch):

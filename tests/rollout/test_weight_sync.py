@@ -90,7 +90,7 @@ def test_a_weight_that_the_engine_refuses_is_an_error(vllm_engine, policy):
 class KeepsPrefixCache(InProcessVLLM):
     """vLLM without the safeguard against cached prefixes of older weights."""
 
-    def load_weights(self, weights):
+    def load_weights(self, weights, *_):
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
 
 
