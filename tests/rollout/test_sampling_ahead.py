@@ -16,7 +16,7 @@ from tests.rollout.test_engines import PROMPTS, TOLERANCE, generate, trainer_log
 
 LONG = [*range(5, 25)] * 7
 """A prompt longer than a block of the prefix cache."""
-SAMPLING = Sampling(max_tokens=24, temperature=3.0)
+SAMPLING = Sampling(max_tokens=24, temperature=2.0)
 NUM_STEPS = 10
 
 
