@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from drpo_lightning.batch import Rollout
 from drpo_lightning.callbacks.throughput import UpdateWork, update_work
-from drpo_lightning.logs import log_metrics
+from drpo_lightning.logs import log_interval, log_metrics
 from drpo_lightning.rollout.engine import RolloutEngine
 from drpo_lightning.rollout.hooks import RolloutHooks
 
@@ -25,15 +25,18 @@ class RolloutStatistics(Callback, RolloutHooks):
     `group/zero_std_fraction` (prompts whose samples, without dropped ones, have equal rewards and so no gradient, but
     for that of a penalty); and of the iteration `perf/generate_seconds`, `perf/sync_seconds`, `perf/reward_seconds`,
     `perf/update_seconds`, `perf/iteration_seconds`, `perf/tokens_per_second` (sampled tokens over the whole iteration,
-    all ranks), `perf/generate_tokens_per_second` (sampled tokens over `perf/generate_seconds`),
-    `perf/update_tokens_per_second` (prompts and completions, without padding, over `perf/update_seconds`) and, for a
-    dense transformer on a GPU whose peak is known, `perf/mfu` (model FLOPs utilization of the updates: see
-    `ModelSize.training_flops` for what is counted, `PEAK_TFLOPS` for the peaks); `perf/token_imbalance` and
-    `perf/padding_fraction` (what the split into micro-batches loses, see
-    `drpo_lightning.datamodules.micro_batches.split_rollout`); `engine/restarts`, how often so far an engine that had
-    failed was started again, where one can be; and what an engine says of itself: `VLLMServerEngine` has
-    `engine/servers` (that have the newest weights), `engine/lost_servers` and `engine/retried_requests` (so far), as
-    rank 0 sees them.
+    all ranks), `perf/idle_fraction` (share of the iteration in which the trainer waits for completions; where they are
+    sampled ahead, `perf/generate_seconds` is what is left to wait), `perf/generate_tokens_per_second` (sampled tokens
+    over `perf/generate_seconds`, where they are not), `perf/update_tokens_per_second` (prompts and completions, without
+    padding, over `perf/update_seconds`) and, for a dense transformer on a GPU whose peak is known, `perf/mfu` (model
+    FLOPs utilization of the updates: see `ModelSize.training_flops` for what is counted, `PEAK_TFLOPS` for the peaks);
+    `perf/token_imbalance` and `perf/padding_fraction` (what the split into micro-batches loses, see
+    `drpo_lightning.datamodules.micro_batches.split_rollout`); how old the weights of the samples are:
+    `rollout/staleness_mean`, `rollout/staleness_max` (weight syncs between the oldest weights that a completion was
+    drawn with and the newest synced ones) and, at updates, `rollout/updates_since_sync` (updates on this rollout so
+    far); `engine/restarts`, how often so far an engine that had failed was started again, where one can be; and what an
+    engine says of itself: `VLLMServerEngine` has `engine/servers` (that have the newest weights), `engine/lost_servers`
+    and `engine/retried_requests` (so far), as rank 0 sees them.
     """
 
     def __init__(self) -> None:
@@ -43,6 +46,7 @@ class RolloutStatistics(Callback, RolloutHooks):
         self._started = 0.0
         self._sampled = 0.0
         self._updated = 0.0
+        self._waited_seconds = 0.0
 
     def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Starts the clock of the iteration."""
@@ -54,8 +58,10 @@ class RolloutStatistics(Callback, RolloutHooks):
         self._metrics = rollout_metrics(trainer, pl_module, rollout)
         self._tokens = self._metrics.pop("tokens")
         phases: dict[str, float] = trainer.datamodule.phase_seconds  # type: ignore[attr-defined]
+        self._waited_seconds = phases["generate"]
         self._metrics |= {f"perf/{name}_seconds": seconds for name, seconds in phases.items()}
-        self._metrics["perf/generate_tokens_per_second"] = self._tokens / phases["generate"]
+        if trainer.datamodule.max_staleness == 0:  # type: ignore[attr-defined]
+            self._metrics["perf/generate_tokens_per_second"] = self._tokens / phases["generate"]
         self._work = update_work(trainer, pl_module, rollout)
         engine: RolloutEngine = trainer.datamodule.engine  # type: ignore[attr-defined]
         if engine.max_restarts:
@@ -65,6 +71,9 @@ class RolloutStatistics(Callback, RolloutHooks):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         """Logs the rollout that the first of its micro-batches comes from: the loader itself must not log."""
+        window = int(trainer.accumulate_grad_batches)
+        if batch_idx % window == 0 and trainer.global_step % log_interval(trainer) == 0:
+            self._metrics["rollout/updates_since_sync"] = batch_idx // window
         if self._metrics:
             log_metrics(trainer, pl_module, self._metrics)
             self._metrics = {}
@@ -83,6 +92,7 @@ class RolloutStatistics(Callback, RolloutHooks):
             "perf/iteration_seconds": seconds,
             "perf/tokens_per_second": self._tokens / seconds,
             **self._work.metrics(update_seconds),
+            "perf/idle_fraction": self._waited_seconds / seconds,
         }
         lost: dict[str, float] = trainer.datamodule.split_statistics  # type: ignore[attr-defined]
         metrics |= {f"perf/{name}": value for name, value in lost.items()}
@@ -102,6 +112,7 @@ def rollout_metrics(trainer: Trainer, pl_module: LightningModule, rollout: Rollo
         "reward_squares": rewards.square().sum(),
         "tokens": lengths.sum(),
         "truncated": sum(completion.is_truncated for completion in rollout.completions),
+        "staleness": rollout.staleness.sum(),
         "equal_groups": sum(len(group[~group.isnan()].unique()) < 2 for group in groups),
     }
     for name, scores in rollout.reward_parts.items():
@@ -114,13 +125,18 @@ def rollout_metrics(trainer: Trainer, pl_module: LightningModule, rollout: Rollo
     device = pl_module.device
     packed = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=device)
     totals = dict(zip(sums, trainer.strategy.reduce(packed, reduce_op="sum").tolist(), strict=True))
-    longest = trainer.strategy.reduce(lengths.max().to(device), reduce_op="max")
+    longest, oldest = (
+        float(trainer.strategy.reduce(values.max().to(device), reduce_op="max"))
+        for values in (lengths, rollout.staleness.double())
+    )
     completions = totals["completions"]
     metrics = {
         "completions/mean_length": totals["tokens"] / completions,
-        "completions/max_length": float(longest),
+        "completions/max_length": longest,
         "completions/truncated_fraction": totals["truncated"] / completions,
         "group/zero_std_fraction": totals["equal_groups"] / totals["groups"],
+        "rollout/staleness_mean": totals["staleness"] / completions,
+        "rollout/staleness_max": oldest,
         "tokens": totals["tokens"],
     }
     for name in rollout.reward_errors:

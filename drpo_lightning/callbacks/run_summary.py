@@ -102,9 +102,9 @@ def _data_lines(trainer: Trainer, data: RolloutDataModule) -> dict[str, str]:
         f"{data.sampling.max_tokens} tokens -> {data.num_updates} updates of {size}, in {window} micro-batches of "
         f"about {round(size / window / trainer.world_size, 1):g} on each rank"
     )
-    staleness = f"staleness {data.staleness}" + (
-        " (every rollout is of the newest weights)" if not data.staleness else ""
-    )
+    staleness = "staleness 0 (every rollout is of the newest weights)"
+    if data.max_staleness:
+        staleness = f"staleness at most {data.max_staleness} (rollouts are sampled while earlier ones are trained on)"
     return {
         "engine": data.engine.describe(),
         "rollout": rollout,

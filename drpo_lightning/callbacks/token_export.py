@@ -60,7 +60,7 @@ class TokenExport(Callback):
     | `grad_weight` | float | w, the factor on the importance-weighted policy gradient; null where A = 0 |
     | `keep` | bool | False where a mask drops the token; null for an objective without a mask |
     | `reward` | float | reward of the completion |
-    | `staleness` | int | weight syncs between the sampling weights and the newest synced ones |
+    | `staleness` | int | weight syncs between the oldest weights of the completion and the newest synced ones |
     | `updates_since_sync` | int | optimizer steps on this rollout before the update |
 
     Args:
@@ -121,7 +121,6 @@ class TokenExport(Callback):
             "rollout": trainer.current_epoch,
             "update": self._update,
             "rank": trainer.global_rank,
-            "staleness": data.staleness,
             "updates_since_sync": updates_since_sync,
         }
         rows |= {name: torch.full_like(rows["token_id"], value) for name, value in constants.items()}
@@ -176,6 +175,7 @@ def token_rows(batch: RolloutBatch, outputs: StepOutput, rollout: Rollout, chose
         "sample_id": samples,
         "prompt_number": torch.tensor(rollout.prompt_numbers)[samples],
         "reward": rollout.rewards[samples],
+        "staleness": rollout.staleness[samples],
         **{name: tensor.cpu()[mask] for name, tensor in tensors.items()},
     }
 

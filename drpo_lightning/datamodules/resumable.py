@@ -1,5 +1,6 @@
 """Where a run on rollouts is, and what a checkpoint holds of it."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from drpo_lightning.datamodules.progress import align_progress
 from drpo_lightning.datamodules.prompt_schedule import PromptSchedule
 from drpo_lightning.datamodules.prompt_stream import PromptStream
 from drpo_lightning.datamodules.random_state import RandomState, random_state, set_random_state
+from drpo_lightning.datamodules.rollout_queue import QueueState, RolloutQueue
 from drpo_lightning.datamodules.rollout_state import check_same_split, dealt_out, rollout_from_state, rollout_to_state
 from drpo_lightning.ranks import T, of_all_ranks
 
@@ -39,6 +41,8 @@ class ResumableRollouts(LightningDataModule):
         """Which prompts every rollout takes; None before a fit is set up."""
         self.is_sampling = False
         """True while completions are sampled and scored: a checkpoint of that time is one of before."""
+        self._queue: RolloutQueue | None = None
+        """The rollouts to come, where they are sampled ahead."""
         self._num_made = 0
         self._position = 0
         self._resumed = False
@@ -60,6 +64,17 @@ class ResumableRollouts(LightningDataModule):
         """Those of them that are trained on: all, unless `trainer.limit_train_batches` says otherwise."""
         limit = self._trainer.limit_train_batches
         return min(self._num_micro_batches, limit if isinstance(limit, int) else int(limit * self._num_micro_batches))
+
+    @property
+    def _num_rollouts_left(self) -> float:
+        """Rollouts that are still to be made at most, at the start of one, this one included."""
+        limits = [math.inf]
+        if self._trainer.max_epochs not in (None, -1):
+            limits.append(self._trainer.max_epochs - self._trainer.current_epoch)
+        if self._trainer.max_steps != -1:
+            updates = -(-self._num_trained_batches // int(self._trainer.accumulate_grad_batches))
+            limits.append(math.ceil((self._trainer.max_steps - self._trainer.global_step) / updates))
+        return max(min(limits), 1)
 
     def _positions(self, iteration: int) -> range:
         """Where this rank's prompts of a rollout stand in the stream of prompts."""
@@ -108,7 +123,7 @@ class ResumableRollouts(LightningDataModule):
         """Iteration, each rank's rollout in use with the updates done on it, curriculum, random states. Collective.
 
         A checkpoint in the middle of an update is one of before it: the update is begun again. One in the middle of a
-        rollout is one of before it.
+        rollout is one of before it. Of rollouts that are sampled ahead it holds the prompts with all their samples.
         """
         window = int(self._trainer.accumulate_grad_batches)
         # Not `_position`: a micro-batch that was handed out may have been interrupted before it was trained on.
@@ -126,7 +141,13 @@ class ResumableRollouts(LightningDataModule):
             "rollouts": rollouts,
             "curriculum": self.schedule.state_dict(self._num_made) if self.schedule else {},
             "random": self._of_all_ranks(self._random_state(is_update_begun=self._position > updates * window)),
+            **({"queue": self._queued(self._queue)} if self._queue else {}),
         }
+
+    def _queued(self, queue: RolloutQueue) -> QueueState:
+        """What has been sampled of the rollouts to come, on all ranks. Collective."""
+        state = queue.state_dict(self._num_made * self.num_prompts, is_idle=not self.is_sampling)
+        return {place: group for part in self._of_all_ranks(state) for place, group in part.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up this rank's part of `state_dict`, to go on training.
@@ -140,6 +161,11 @@ class ResumableRollouts(LightningDataModule):
         self.is_sampling = False
         if self.schedule is not None:
             self.schedule.load_state_dict(state_dict.get("curriculum", {}), self._num_made)
+        if self._queue is not None:
+            queued = state_dict.get("queue", {}).items()
+            self._queue.load_state_dict(
+                {place: group for place, group in queued if place in self._positions(place // self.num_prompts)}
+            )
         states = state_dict["random"]
         self._random_resumed = states[self._trainer.global_rank] if len(states) == self._trainer.world_size else None
         self._resumed = bool(state_dict["rollouts"])

@@ -1,14 +1,15 @@
 """The DataModule whose data are rollouts: sampled by the engine with the current weights, scored, and split."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from drpo_lightning.batch import Rollout, RolloutBatch, Sampling, ValidationBatch
+from drpo_lightning.batch import Completion, Rollout, RolloutBatch, Sampling, ValidationBatch
 from drpo_lightning.datamodules.curriculum import PassRateCurriculum
 from drpo_lightning.datamodules.loaders import BatchLoader
 from drpo_lightning.datamodules.micro_batches import Split, check_batch_sizes, split_rollout, update_sizes
@@ -16,6 +17,7 @@ from drpo_lightning.datamodules.prompt_encoder import PromptEncoder, PromptForma
 from drpo_lightning.datamodules.prompt_lengths import OverlongPolicy, without_overlong
 from drpo_lightning.datamodules.prompts import PromptSource
 from drpo_lightning.datamodules.resumable import ResumableRollouts
+from drpo_lightning.datamodules.rollout_queue import RolloutQueue, check_max_staleness
 from drpo_lightning.datamodules.sampler import RolloutSampler
 from drpo_lightning.datamodules.scored_rollout import check_columns
 from drpo_lightning.datamodules.seeds import seed_of
@@ -23,7 +25,7 @@ from drpo_lightning.datamodules.subsets import subsets
 from drpo_lightning.errors import SettingError
 from drpo_lightning.functional.advantages import group_advantages
 from drpo_lightning.rewards.base import Reward
-from drpo_lightning.rollout.engine import RolloutEngine
+from drpo_lightning.rollout.engine import InFlight, Request, RolloutEngine
 from drpo_lightning.rollout.hooks import RolloutHooks
 from drpo_lightning.rollout.policy import RolloutPolicy
 
@@ -63,6 +65,11 @@ class RolloutDataModule(ResumableRollouts):
             validation, and says how many there are.
         curriculum: leaves out prompts that the policy passes too often or too rarely; by default all are taken.
             `trainer.overfit_batches` takes its prompts all the same.
+        max_staleness: how many rollouts are sampled ahead, while others are trained on: the most weight syncs between
+            the weights that a sample is begun with and the newest ones when it is trained on. 0 samples and trains one
+            after the other. More needs a `VLLMEngine` in a process of its own.
+        in_flight: what becomes of unfinished samples at a weight sync: `continue` draws their next tokens with the new
+            weights, `drop` throws away what they have and begins them anew. Without meaning if `max_staleness` is 0.
         seed: of the order of prompts, of the split into micro-batches, and of seeded requests.
         seeded_requests: gives every prompt a seed made of `seed`, the rollout and the prompt, so that a run can be
             repeated exactly. By default on a CPU only: on a GPU it slows vLLM down.
@@ -91,6 +98,8 @@ class RolloutDataModule(ResumableRollouts):
         max_prompt_tokens: int | None = None,
         overlong_prompts: OverlongPolicy = "raise",
         curriculum: PassRateCurriculum | None = None,
+        max_staleness: int = 0,
+        in_flight: InFlight = "continue",
         seed: int = 0,
         seeded_requests: bool | None = None,
         trust_remote_code: bool = False,
@@ -109,6 +118,7 @@ class RolloutDataModule(ResumableRollouts):
         ):
             if value < 1:
                 raise ValueError(f"`data.{name}` must be at least 1, got {value}")
+        check_max_staleness(max_staleness, curriculum)
         self.engine = engine
         self.prompts = prompts
         self.model_name = os.path.expanduser(model)
@@ -128,8 +138,7 @@ class RolloutDataModule(ResumableRollouts):
         self.seeded_requests = seeded_requests
         self.trust_remote_code = trust_remote_code
 
-        self.staleness = 0
-        """Weight syncs between the weights that sampled the rollout and the newest synced ones: none comes between."""
+        self.max_staleness = max_staleness
         self.split_statistics: dict[str, float] = {}
         """What is lost by the way that the rollout in use is split, see `split_rollout`."""
         self._served: RolloutBatch | None = None
@@ -137,6 +146,13 @@ class RolloutDataModule(ResumableRollouts):
         self._val_rows: list[dict[str, Any]] = []
         self._encoder: PromptEncoder | None = None
         self._sampler = RolloutSampler(engine, self.model_name, seed=seed, trust_remote_code=trust_remote_code)
+        if max_staleness:
+            self._queue = RolloutQueue(
+                self._sampler.engine,
+                max_staleness=max_staleness,
+                in_flight=in_flight,
+                make_requests=self._requests,
+            )
 
     # ---------------------------------------------------------------- set-up
 
@@ -145,6 +161,8 @@ class RolloutDataModule(ResumableRollouts):
         self.engine.check_available()
         if stage == "fit":
             self._check_batch_sizes()
+            if self._queue is not None:
+                self._queue.prepare()
         if not self._rewards:
             raise SettingError(
                 "`trainer.callbacks` has no reward: list a `RewardCallback`, such as "
@@ -170,6 +188,8 @@ class RolloutDataModule(ResumableRollouts):
     def _end(self) -> None:
         """Ends the engine, and leaves the trainer as it was."""
         self._sampler.engine.close()
+        if self._queue is not None:
+            self._queue.stop()
         if self._limit_val_batches is not None:
             self._trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
@@ -310,17 +330,21 @@ class RolloutDataModule(ResumableRollouts):
         self.is_sampling = True
         for hook in self._hooks:
             hook.on_rollout_start(self._trainer, module)
+        self._sampler.engine.weights_version = self.iteration  # a validation's, in between, count as those before
         self.refresh_engine()
+        collect = None
+        if self._queue is not None:
+            self._queue.fill(self.iteration, self._num_rollouts_left)
+            collect = partial(self._queue.collect, self.iteration)
         positions = self._positions(self.iteration)
         numbers = self._schedule.row_numbers(positions)
         # Of the place in the stream of prompts: a prompt that comes twice gets other samples the second time.
-        seeds = [seed_of(self.seed, position) for position in positions]
-        policy = module if isinstance(module, RolloutPolicy) else None
-        num_topk = policy.num_topk if policy else 0
-        rollout = self._sample(self._schedule.rows, numbers, seeds, self.sampling, self.group_size, num_topk)
+        settings = (self._seeds(positions), self.sampling, self.group_size, self._num_topk)
+        rollout = self._sample(self._schedule.rows, numbers, *settings, collect)
+        rollout.weights_version = self.iteration
         self._sampler.engine.sleep()
-        if policy:
-            self._score(rollout, policy)
+        if isinstance(module, RolloutPolicy):
+            self._score(rollout, module)
         self._note_pass_rates(rollout)
         self.is_sampling = False
         self.iteration += 1
@@ -328,6 +352,30 @@ class RolloutDataModule(ResumableRollouts):
         for hook in self._hooks:
             hook.on_rollout_end(self._trainer, module, rollout)
         self._num_made = self.iteration
+
+    def _requests(self, iteration: int) -> list[Request]:
+        """What this rank asks the engine for where it is asked before a rollout's turn."""
+        positions = self._positions(iteration)
+        rows = [self._schedule.rows[number] for number in self._schedule.row_numbers(positions)]
+        seeds: Iterable[int | None] = self._seeds(positions) or repeat(None, len(rows))
+        settings = (self.sampling, self.group_size, self.encoder.stop_token_ids)
+        return [
+            Request(position, row["prompt_ids"], *settings, seed, self._num_topk)
+            for position, row, seed in zip(positions, rows, seeds, strict=True)
+        ]
+
+    @property
+    def _num_topk(self) -> int:
+        """Most likely tokens under mu that the objective asks for."""
+        module = self._trainer.lightning_module
+        return module.num_topk if isinstance(module, RolloutPolicy) else 0
+
+    def _seeds(self, *parts: Iterable[object]) -> list[int] | None:
+        """Seeds made of what tells requests apart, a value of each part; None where requests have none."""
+        seeded = self.seeded_requests
+        if seeded is None:
+            seeded = self._trainer.strategy.root_device.type == "cpu"
+        return [seed_of(self.seed, *values) for values in zip(*parts, strict=False)] if seeded else None
 
     def _score(self, rollout: Rollout, policy: RolloutPolicy) -> None:
         """Adds what the trainer's own models say of a rollout, as far as it is asked for."""
@@ -349,7 +397,7 @@ class RolloutDataModule(ResumableRollouts):
         """Samples and scores this rank's validation prompts with the current weights."""
         self.refresh_engine()
         numbers = list(range(self._trainer.global_rank, len(self._val_rows), self._trainer.world_size))
-        seeds = [seed_of(self.seed, "validation", number) for number in numbers]
+        seeds = self._seeds(repeat("validation"), numbers)
         rollout = self._sample(self._val_rows, numbers, seeds, self.val_sampling, self.val_num_samples)
         self._sampler.engine.sleep()
         return rollout
@@ -358,24 +406,23 @@ class RolloutDataModule(ResumableRollouts):
         self,
         rows: list[dict[str, Any]],
         numbers: list[int],
-        seeds: list[int],
+        seeds: list[int] | None,
         sampling: Sampling,
         num_samples: int,
         num_topk: int = 0,
+        collect: Callable[[], list[list[Completion]]] | None = None,
     ) -> Rollout:
-        """Samples completions of some rows of a data set, decodes and scores them."""
-        seeded = self.seeded_requests
-        if seeded is None:
-            seeded = self._trainer.strategy.root_device.type == "cpu"
+        """Samples completions of some rows of a data set, decodes and scores them; see `RolloutSampler.sample`."""
         return self._sampler.sample(
             rows,
             numbers,
             sampling,
             num_samples=num_samples,
-            seeds=seeds if seeded else None,
+            seeds=seeds,
             num_topk=num_topk,
             encoder=self.encoder,
             rewards=self._rewards,
+            collect=collect,
         )
 
     def micro_batches(self, rollout: Rollout, num_batches: int) -> list[RolloutBatch]:

@@ -108,6 +108,7 @@ class RolloutSampler:
         num_topk: int,
         encoder: PromptEncoder,
         rewards: Sequence[Reward],
+        collect: Callable[[], list[list[Completion]]] | None = None,
     ) -> Rollout:
         """Samples completions, checks, decodes and scores them. Collective over ranks.
 
@@ -120,6 +121,7 @@ class RolloutSampler:
             num_topk: how many of mu's most likely tokens are asked for at each place.
             encoder: the policy's tokenizer.
             rewards: what scores.
+            collect: waits for what the engine has been asked for before; None asks it now.
 
         Raises:
             EngineError: on every rank, if the engine of one fails or returns what is impossible.
@@ -133,6 +135,7 @@ class RolloutSampler:
                 seeds=seeds,
                 num_topk=num_topk,
                 encoder=encoder,
+                collect=collect,
             )
         with self._phase("reward"):
             return scored_rollout(
@@ -154,6 +157,7 @@ class RolloutSampler:
         seeds: Sequence[int] | None,
         num_topk: int,
         encoder: PromptEncoder,
+        collect: Callable[[], list[list[Completion]]] | None,
     ) -> list[list[Completion]]:
         """What the engine samples, checked. A rank that fails takes the others with it: they would wait for it."""
         failure, groups = None, []
@@ -163,7 +167,7 @@ class RolloutSampler:
             "num_topk": num_topk,
         }
         try:
-            groups = self.engine.generate(prompt_ids, sampling, seeds=seeds, **request)
+            groups = collect() if collect else self.engine.generate(prompt_ids, sampling, seeds=seeds, **request)
             check_completions(
                 groups, sampling, num_prompts=len(prompt_ids), vocabulary_size=encoder.vocabulary_size, **request
             )

@@ -108,29 +108,29 @@ def _answer_calls(connection: Connection, buffer: Tensor, factory: Callable[...,
         if method == "close":
             target.close()
             return
-        try:
-            if failure is not None:
-                raise failure
-            if method == "load_weights":
-                target.load_weights(_incoming_weights(connection, buffer), *call_args)
-                result = None
-            else:
-                result = getattr(target, method)(*call_args, **kwargs)
-            # Plain bytes: sent as they are, tensors would each hold a file descriptor open.
-            answer = pickle.dumps(("ok", result))
-        except Exception:  # noqa: BLE001 - whatever it is, it belongs to the caller in the other process
-            answer = pickle.dumps(("error", traceback.format_exc()))
-        connection.send_bytes(answer)
+        if method == "load_weights":
+            call_args = (_incoming_weights(connection, buffer), *call_args)
+            if failure:
+                connection.recv()  # the first bucket, which comes with the call
+        connection.send_bytes(failure or _answer(target, method, call_args, kwargs))
 
 
-def _work_until_called(connection: Connection, work: Callable[[], bool]) -> Exception | None:
-    """Works as long as there is something to do and no call has come; what went wrong."""
+def _work_until_called(connection: Connection, work: Callable[[], bool]) -> bytes:
+    """Works as long as there is something to do and no call has come; what to answer it if that has failed."""
     try:
         while not connection.poll() and work():
             pass
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer to the next call
-        return error
-    return None
+    except Exception:  # noqa: BLE001 - whatever it is, it is the answer to the next call
+        return pickle.dumps(("error", traceback.format_exc()))
+    return b""
+
+
+def _answer(target: Any, method: str, args: Any, kwargs: Any) -> bytes:  # noqa: ANN401
+    try:
+        # Plain bytes: sent as they are, tensors would each hold a file descriptor open.
+        return pickle.dumps(("ok", getattr(target, method)(*args, **kwargs)))
+    except Exception:  # noqa: BLE001 - whatever it is, it belongs to the caller in the other process
+        return pickle.dumps(("error", traceback.format_exc()))
 
 
 def _incoming_weights(connection: Connection, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:

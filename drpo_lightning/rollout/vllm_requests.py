@@ -131,6 +131,4 @@ def _completion(sample: Any, num_topk: int, weights_version: int) -> Completion:
     if ids[:, 0].tolist() != token_ids:
         raise EngineError("vLLM returned logprobs of other tokens than it sampled")
     topk = {"topk_ids": ids[:, 1:].clone(), "topk_logprobs": logprobs[:, 1:].clone()} if num_topk else {}
-    return Completion(
-        token_ids, logprobs[:, 0].tolist(), sample.finish_reason, **topk, weights_version=weights_version
-    )
+    return Completion(token_ids, logprobs[:, 0].tolist(), sample.finish_reason, **topk, weights_version=weights_version)

@@ -1,5 +1,6 @@
 """Statistics of a rollout: worked by hand, the same over ranks, at the steps completed when it was sampled."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -57,6 +58,8 @@ def test_worked_by_hand(make_rollout):
         "completions/max_length": 6.0,
         "completions/truncated_fraction": 0.25,
         "group/zero_std_fraction": 0.5,
+        "rollout/staleness_mean": 0.0,
+        "rollout/staleness_max": 0.0,
         "tokens": 12.0,
         "reward/first/applies_fraction": 1.0,
         "reward/first/mean": 0.5,
@@ -64,6 +67,14 @@ def test_worked_by_hand(make_rollout):
         "reward/second/mean": 2.0,
         "reward/never/applies_fraction": 0.0,
     }
+
+
+def test_staleness_counts_syncs_since_the_oldest_weights_of_a_sample(make_rollout):
+    rollout = make_rollout(weights_version=5)
+    versions = (5, 2, None, 4)
+    rollout.completions = [replace(c, weights_version=v) for c, v in zip(rollout.completions, versions, strict=True)]
+    metrics = metrics_of(rollout)
+    assert (metrics["rollout/staleness_mean"], metrics["rollout/staleness_max"]) == (1.0, 3.0)
 
 
 def test_what_a_penalty_takes_off_the_rewards_stands_on_its_own(make_rollout):
@@ -110,6 +121,8 @@ def test_dropped_samples_are_in_no_mean_but_are_counted(make_rollout):
         "completions/max_length": 6.0,
         "completions/truncated_fraction": 0.25,
         "group/zero_std_fraction": 1.0,
+        "rollout/staleness_mean": 0.0,
+        "rollout/staleness_max": 0.0,
         "tokens": 12.0,
     }
     assert metrics_of(rollout) == expected
@@ -158,6 +171,7 @@ def test_speed_is_logged_after_the_updates(make_run, make_memory, make_recorder)
         assert min(logger.values(f"perf/{name}_seconds")) > 0
     for name in ("perf/update_seconds", "perf/iteration_seconds", "perf/tokens_per_second"):
         assert logger.steps(name) == [2, 4]
+    assert logger.scalars["rollout/updates_since_sync"] == [(0, 0), (1, 1), (2, 0), (3, 1)]
     for i, rollout in enumerate(recorder.rollouts):
         update, iteration, speed = (
             logger.values(name)[i]

@@ -1,15 +1,18 @@
 """The exported tokens: what was sampled and trained on, the same in every file, and readable in one line."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from drpo_lightning.callbacks.token_export import COLUMNS, TokenExport, write_parquet
 from drpo_lightning.objectives import DPPO, DRPO
+from drpo_lightning.rollout import RolloutHooks
 
 
 def files(folder):
@@ -140,11 +143,18 @@ def test_a_large_rollout_is_exported_in_part_by_whole_completions(make_run, make
     assert len({row["updates_since_sync"] for row in found}) == 2
 
 
-def test_staleness_is_the_data_module_s(make_run, tmp_path):
-    run = make_run(TokenExport(str(tmp_path / "tokens")))
-    run.data.staleness = 3
-    run.fit()
-    assert {row["staleness"] for row in rows(tmp_path / "tokens")} == {3}
+def test_staleness_is_that_of_each_completion(make_run, tmp_path):
+    class Aging(Callback, RolloutHooks):
+        def on_rollout_end(self, trainer, pl_module, rollout):
+            rollout.weights_version = 7
+            versions = [i % 4 for i in range(len(rollout))]
+            rollout.completions = [
+                replace(c, weights_version=v) for c, v in zip(rollout.completions, versions, strict=True)
+            ]
+
+    make_run(Aging(), TokenExport(str(tmp_path / "tokens"))).fit()
+    found = {(row["sample_id"] % 4, row["staleness"]) for row in rows(tmp_path / "tokens")}
+    assert found == {(0, 7), (1, 6), (2, 5), (3, 4)}
 
 
 def test_an_interrupted_rollout_leaves_no_file(make_run, make_recorder, tmp_path):

@@ -29,6 +29,7 @@ class Recorder:
         self.greeting = greeting
         self.heartbeat = heartbeat
         self.weights: dict[str, torch.Tensor] = {}
+        self.steps_left: float = 0
 
     def greet(self, name: str) -> str:
         return f"{self.greeting} {name}"
@@ -69,6 +70,18 @@ class Recorder:
     def run_out_of_memory(self) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
         torch.ones(2**32)
+
+    def begin(self, steps: float) -> None:
+        self.steps_left = steps
+
+    def work(self) -> bool:
+        if self.steps_left:
+            self.steps_left -= 1
+            self.heartbeat.beat()
+            if self.steps_left < 0:
+                self.steps_left = 0
+                raise LookupError("lost its way")
+        return self.steps_left > 0
 
     def start_child(self) -> int:
         return subprocess.Popen(["sleep", "60"]).pid
@@ -122,6 +135,40 @@ def test_an_exception_arrives_with_its_traceback_and_the_process_lives_on(proces
     with pytest.raises(EngineError, match=r"(?s)`fail` failed in the engine's process.*LookupError: nothing there"):
         process.call("fail", timeout_seconds=60)
     assert process.call("greet", "you", timeout_seconds=60) == "hello you"
+
+
+def test_work_goes_on_between_calls_until_it_is_done(process):
+    process.call("begin", 1000, timeout_seconds=60)
+    while process._heartbeat.count < 1000:
+        time.sleep(0.01)
+    assert process.call("greet", "you", timeout_seconds=60) == "hello you"
+    assert process._heartbeat.count == 1000
+
+
+def test_work_without_an_end_keeps_nobody_waiting(process):
+    process.call("begin", float("inf"), timeout_seconds=60)
+    assert process.call("greet", "you", timeout_seconds=60) == "hello you"
+    process.load_weights([("a", torch.ones(3))], timeout_seconds=60)
+    assert process.call("loaded", timeout_seconds=60) == {"a": ["torch.float32", [1.0, 1.0, 1.0]]}
+    pid = process.pid
+    process.close()
+    assert not is_alive(pid)
+
+
+def test_what_goes_wrong_between_calls_is_the_answer_to_the_next(process):
+    process.call("begin", -1, timeout_seconds=60)
+    with pytest.raises(EngineError, match=r"(?s)`greet` failed in the engine's process.*LookupError: lost its way"):
+        process.call("greet", "you", timeout_seconds=60)
+    process.call("begin", 0, timeout_seconds=60)
+    assert process.call("greet", "you", timeout_seconds=60) == "hello you"
+
+
+def test_what_goes_wrong_between_calls_is_the_answer_to_new_weights(process):
+    process.call("begin", -1, timeout_seconds=60)
+    with pytest.raises(
+        EngineError, match=r"(?s)`load_weights` failed in the engine's process.*LookupError: lost its w"
+    ):
+        process.load_weights([("a", torch.ones(3))], timeout_seconds=60)
 
 
 def test_death_is_noticed_at_once(process):

@@ -1,4 +1,4 @@
-"""Requests in flight in a real vLLM while weights are loaded: what is recorded of each token is what it was drawn from."""
+"""Requests in flight in a real vLLM while weights are loaded: every token's logprob is what it was drawn by."""
 
 import time
 from dataclasses import replace
