@@ -6,7 +6,7 @@ from collections.abc import Iterable
 Layout = dict[str, dict[str, str]]
 """Charts by section and title: the regular expression that the names of a chart's scalars match as a whole."""
 
-COMPARED = "(mismatch|drift)"
+COMPARED = "(mismatch|staleness|drift)"
 SIGNED = "(_(positive|negative)_adv)?"
 BY_PROBABILITY = "_(rare|middle|common)"
 

@@ -31,6 +31,10 @@ class MismatchAndDrift(Callback, RolloutHooks):
     ranks, and logged after every rollout's first update. For drift, a few completions of the rollout, spread evenly
     over it, are scored by the trainer without a gradient when they have been sampled, and again after the last update.
 
+    Where rollouts are sampled ahead (`data.max_staleness`), mismatch is of the samples whose every token is of the
+    newest weights. `staleness/<statistic>` compares pi_prox with mu on the others: mismatch, and the updates between
+    the weights that sampled them and the newest ones.
+
     With an objective that needs log pi_prox of all tokens nothing more is scored, and both are taken over all tokens
     of, and logged after, every update; drift is then that before the update, 0 in the first of a rollout.
 
@@ -51,7 +55,7 @@ class MismatchAndDrift(Callback, RolloutHooks):
             raise ValueError(f"`every_n_updates` must be at least 1, got {every_n_updates}")
         self.num_sequences = num_sequences
         self.every_n_updates = every_n_updates
-        self.statistics = {"mismatch": LogprobComparison(), "drift": LogprobComparison()}
+        self.statistics = {name: LogprobComparison() for name in ("mismatch", "staleness", "drift")}
         self._rows: list[int] = []
         self._proximal_logprobs = torch.empty(0)
         self._logged_step = 0
@@ -88,7 +92,7 @@ class MismatchAndDrift(Callback, RolloutHooks):
         if is_first_update or batch.proximal_logprobs is not None:
             tokens = completion_tokens(batch, outputs)
             pi, mu, proximal = tokens.policy_logprobs, tokens.rollout_logprobs, tokens.proximal_logprobs
-            self.statistics["mismatch"].update(pi if proximal is None else proximal, mu)
+            self._add_mismatch(trainer, batch, pi if proximal is None else proximal, mu)
             if proximal is not None:
                 self.statistics["drift"].update(pi, proximal)
         if trainer.global_step == self._logged_step:
@@ -103,6 +107,19 @@ class MismatchAndDrift(Callback, RolloutHooks):
             self._rows, self._proximal_logprobs = [], torch.empty(0)
         self._log(trainer, pl_module)
 
+    def _add_mismatch(
+        self, trainer: Trainer, batch: RolloutBatch, proximal: Float[Tensor, " tokens"], mu: Float[Tensor, " tokens"]
+    ) -> None:
+        """Adds a micro-batch's tokens to mismatch or staleness, on each rank to both: they are collective."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not data.max_staleness:
+            self.statistics["mismatch"].update(proximal, mu)
+            return
+        samples = (data.rollout.staleness > 0).to(mu.device)[batch.sample_ids]
+        is_stale = samples[:, None].expand_as(batch.completion_mask)[batch.completion_mask]
+        self.statistics["mismatch"].update(proximal[~is_stale], mu[~is_stale])
+        self.statistics["staleness"].update(proximal[is_stale], mu[is_stale])
+
     def _is_due(self, step: int) -> bool:
         return self.every_n_updates is not None and step % self.every_n_updates == 0
 
@@ -110,7 +127,8 @@ class MismatchAndDrift(Callback, RolloutHooks):
         """Logs what has been measured since the last time. Collective: every rank has measured the same things."""
         for name, statistics in self.statistics.items():
             if statistics.update_called:
-                log_metrics(trainer, pl_module, {f"{name}/{key}": x for key, x in statistics.compute().items()})
+                if found := statistics.compute():
+                    log_metrics(trainer, pl_module, {f"{name}/{key}": x for key, x in found.items()})
                 statistics.reset()
 
     def state_dict(self) -> dict[str, Any]:

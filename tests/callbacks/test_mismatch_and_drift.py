@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from drpo_lightning.callbacks.mismatch_and_drift import MismatchAndDrift, part_o
 from drpo_lightning.objectives import ClippedRatio
 from drpo_lightning.objectives.decoupled import Decoupled
 from drpo_lightning.rollout import RolloutHooks, TransformersEngine
+from tests.datamodules.engine_ahead import EngineAhead
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "drpo_lightning.callbacks"
@@ -363,3 +365,36 @@ def test_two_ranks_count_what_one_does(tmp_path):
         assert ranks[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
     assert whole_table == ranks_table
     assert "were masked or corrected" in whole_table
+
+
+def test_mismatch_is_of_the_samples_of_the_newest_weights_and_staleness_of_the_others(make_run, make_memory):
+    """Restored samples are stale, those that a resumed run samples again are not: both come in one rollout."""
+
+    class Mixed(Callback, RolloutHooks):
+        """Makes every other sample one of older weights."""
+
+        def on_rollout_end(self, trainer, pl_module, rollout):
+            rollout.completions = [
+                replace(c, logprobs=[x - 0.25 * (i % 2) for x in c.logprobs], weights_version=-(i % 2))
+                for i, c in enumerate(rollout.completions)
+            ]
+            rollout.weights_version = 0
+
+    logger = make_memory()
+    run = make_run(
+        Mixed(),
+        MismatchAndDrift(num_sequences=0),
+        trainer={"logger": logger},
+        data={"engine": EngineAhead(), "max_staleness": 1},
+    )
+    run.fit()
+    assert logger.values("mismatch/log_ratio_abs_max") == [pytest.approx(0, abs=1e-5)]
+    assert logger.values("staleness/k1_kl") == [pytest.approx(-0.25, abs=1e-5)]
+    assert set(steps_of(logger, "staleness")) == {1}
+
+
+def test_without_stale_samples_no_staleness_is_logged(make_run, make_memory):
+    logger = make_memory()
+    make_run(MismatchAndDrift(), trainer={"logger": logger}, data={"engine": EngineAhead(), "max_staleness": 2}).fit()
+    assert not any(name.startswith("staleness/") for name in logger.scalars)
+    assert logger.values("mismatch/log_ratio_abs_max") == [pytest.approx(0, abs=1e-5)]
