@@ -31,6 +31,7 @@ class InProcessVLLM:
         if heartbeat is not None:
             _beat_at_every_step(self._llm.llm_engine, heartbeat)
         self._requests = VLLMRequests(self._llm.llm_engine)
+        self._weights_version = 0
         self._submitted: dict[int, str] = {}
         """Names of the requests of `submit` by their numbers, until their completions are taken."""
 
@@ -64,7 +65,7 @@ class InProcessVLLM:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """See `RolloutEngine.submit`."""
-        names = self._requests.begin(requests)
+        names = self._requests.begin(requests, self._weights_version)
         self._submitted |= {request.number: name for request, name in zip(requests, names, strict=True)}
 
     def work(self) -> bool:
@@ -112,9 +113,9 @@ class InProcessVLLM:
 
     def _go_on(self, version: int, in_flight: InFlight) -> None:
         """Lets requests go on with new weights: none reads what is cached of older ones, of itself or of others."""
-        self._requests.weights_version = version
+        self._weights_version = version
         if in_flight == "drop":
-            self._requests.begin_anew()
+            self._requests.begin_anew(version)
         # A running request is put back to where nothing of it is computed yet; its tokens stay.
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise EngineError("the prefix cache could not be reset: requests of an earlier rollout hold its blocks")

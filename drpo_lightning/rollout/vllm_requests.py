@@ -16,12 +16,12 @@ class _InFlight(NamedTuple):
     Attributes:
         request: what is asked for.
         id: what vLLM calls it.
-        weights_version: of the weights when it began.
+        weights_version: of the weights when it began; None if it cannot outlive them.
     """
 
     request: Request
     id: str
-    weights_version: int
+    weights_version: int | None
 
 
 class VLLMRequests:
@@ -34,8 +34,6 @@ class VLLMRequests:
     def __init__(self, engine: Any) -> None:  # noqa: ANN401
         self.adapter: Any = None
         """vLLM's `LoRARequest` for the requests that begin; None without adapters."""
-        self.weights_version = 0
-        """Number of the weights that vLLM has."""
         self._engine = engine
         self._names = map(str, itertools.count())
         self._in_flight: dict[str, _InFlight] = {}
@@ -46,15 +44,20 @@ class VLLMRequests:
         """True while a request has not finished."""
         return bool(self._in_flight)
 
-    def begin(self, requests: Iterable[Request]) -> list[str]:
-        """Hands requests to vLLM, and gives each a name."""
+    def begin(self, requests: Iterable[Request], weights_version: int | None = None) -> list[str]:
+        """Hands requests to vLLM, and gives each a name.
+
+        Args:
+            requests: what is asked for.
+            weights_version: number of the weights that vLLM has, which the completions are to carry.
+        """
         names = []
         for request in requests:
             names.append(next(self._names))
-            self._begin(names[-1], request)
+            self._begin(names[-1], request, weights_version)
         return names
 
-    def _begin(self, name: str, request: Request) -> None:
+    def _begin(self, name: str, request: Request, weights_version: int | None) -> None:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
@@ -75,7 +78,7 @@ class VLLMRequests:
         prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
         # vLLM makes the name unique: what it returns is what it ends a request by, with all its samples.
         own_id = self._engine.add_request(name, prompt, parameters, lora_request=self.adapter)
-        self._in_flight[name] = _InFlight(request, own_id, self.weights_version)
+        self._in_flight[name] = _InFlight(request, own_id, weights_version)
 
     def step(self) -> None:
         """Computes the next token of each running sequence."""
@@ -100,12 +103,16 @@ class VLLMRequests:
         """Hands over the completions of a request that has finished."""
         return self._finished.pop(name)
 
-    def begin_anew(self) -> None:
-        """Ends the requests in flight and begins them again, with the weights and adapters that vLLM has now."""
+    def begin_anew(self, weights_version: int) -> None:
+        """Ends the requests in flight and begins them again, with the weights and adapters that vLLM has now.
+
+        Args:
+            weights_version: number of those weights.
+        """
         begun = dict(self._in_flight)
         self._engine.abort_request([request.id for request in begun.values()], internal=True)
         for name, request in begun.items():
-            self._begin(name, request.request)
+            self._begin(name, request.request, weights_version)
 
 
 def _completions(output: Any, begun: _InFlight) -> list[Completion]:  # noqa: ANN401
@@ -120,7 +127,7 @@ def _completions(output: Any, begun: _InFlight) -> list[Completion]:  # noqa: AN
     return [_completion(sample, begun.request.num_topk, begun.weights_version) for sample in samples]
 
 
-def _completion(sample: Any, num_topk: int, weights_version: int) -> Completion:  # noqa: ANN401
+def _completion(sample: Any, num_topk: int, weights_version: int | None) -> Completion:  # noqa: ANN401
     """Our completion from vLLM's `CompletionOutput`: at each place the sampled token's logprob, then the top K."""
     if sample.finish_reason not in ("stop", "length"):
         raise EngineError(f"vLLM ended a completion with {sample.finish_reason!r} instead of `stop` or `length`")

@@ -28,7 +28,7 @@ class UnluckyEngine(VLLMEngine):
     """Is sent a signal in the calls that it is told, and measures how long it takes to notice.
 
     Args:
-        accidents: `start`, `sync` or `generate` and the number of the call (from 0) to the kind of accident,
+        accidents: `start`, `sync`, `generate` or `collect` and the number of the call (from 0) to the kind of accident,
             as in {"generate 2": "kill"}. The probe's calls of `generate` are counted, too. Kinds are those of `SIGNALS`
             and, in `generate`, `memory`: it gets no more of it, and a question that needs some.
     """
@@ -83,6 +83,9 @@ class UnluckyEngine(VLLMEngine):
 
         return self._meet("generate", lambda: super(UnluckyEngine, self).generate(*args, **settings), second_token)
 
+    def collect(self, numbers):
+        return self._meet("collect", lambda: super(UnluckyEngine, self).collect(numbers), lambda: None)
+
     def load_weights(self, weights):
         half_way = threading.Event()
 
@@ -103,9 +106,13 @@ class Witness(Callback, RolloutHooks):
         self.folder = folder
         self.action = action
         self.completions = []
+        self.prompts = []
+        self.staleness = []
 
     def on_rollout_end(self, trainer, pl_module, rollout):
         self.completions.append([[c.token_ids, c.logprobs] for c in rollout.completions])
+        self.prompts.append(rollout.prompt_numbers)
+        self.staleness.append(rollout.staleness.tolist())
         (self.folder / f"rollout{trainer.datamodule.iteration}").touch()
 
     def on_train_batch_end(self, trainer, pl_module, *_):
@@ -124,7 +131,18 @@ def kill_engine(trainer):
 ACTIONS = {"exception": fail, "kill": kill_engine}
 
 
-def main(folder, accidents=(), num_rollouts=2, devices=1, strategy="auto", action=None, shared=False, **settings):
+def main(
+    folder,
+    accidents=(),
+    num_rollouts=2,
+    devices=1,
+    strategy="auto",
+    action=None,
+    shared=False,
+    max_staleness=0,
+    in_flight="continue",
+    **settings,
+):
     """Trains, and writes what came of it into a file for each rank.
 
     Args:
@@ -135,6 +153,8 @@ def main(folder, accidents=(), num_rollouts=2, devices=1, strategy="auto", actio
         strategy: `auto`, `ddp` or `fsdp2`.
         action: one of `ACTIONS`, after the third update.
         shared: whether the ranks share an engine.
+        max_staleness: of the data module.
+        in_flight: likewise.
         settings: of the engine.
     """
     folder = Path(folder)
@@ -148,6 +168,8 @@ def main(folder, accidents=(), num_rollouts=2, devices=1, strategy="auto", actio
         group_size=4,
         num_updates=2,
         sampling=Sampling(max_tokens=8, temperature=1.5),
+        max_staleness=max_staleness,
+        in_flight=in_flight,
     )
     module = PolicyModule(
         str(MODEL_FOLDER), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), temperature=1.5
@@ -173,6 +195,8 @@ def main(folder, accidents=(), num_rollouts=2, devices=1, strategy="auto", actio
         trainer.fit(module, data)
     report = {
         "completions": witness.completions,
+        "prompts": witness.prompts,
+        "staleness": witness.staleness,
         "weights": {name: tensor.tolist() for name, tensor in module.named_weights()},
         "num_restarts": data.engine.num_restarts,
         "noticed_seconds": engine.noticed_seconds,

@@ -176,6 +176,19 @@ def test_the_engine_of_one_rank_dies_and_all_go_on(run, settings, accidents):
     harmed.check_nothing_is_left()
 
 
+def test_engines_that_sample_ahead_are_restarted_and_asked_again(run):
+    accidents = [{"sync 2": "kill"}, {"collect 1": "kill", "collect 3": "stop"}]
+    harmed = run(devices=2, strategy="ddp", num_rollouts=5, max_staleness=1, accidents=accidents, **TIMEOUTS)
+    unharmed = run(devices=2, strategy="ddp", num_rollouts=5)
+    for ours, theirs in zip(harmed.reports(), unharmed.reports(), strict=True):
+        assert ours["num_restarts"] == 3
+        assert ours["prompts"] == theirs["prompts"]
+        assert [len(samples) for samples in ours["completions"]] == [8] * 5
+        assert all(max(samples) <= min(i, 1) for i, samples in enumerate(ours["staleness"]))
+        assert max(map(max, ours["staleness"])) == 1
+    harmed.check_nothing_is_left()
+
+
 @pytest.mark.parametrize("moment", ["start", "rollouts"])
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "exception"])
 def test_nothing_is_left_whatever_ends_the_trainer(run, moment, end):
@@ -194,6 +207,16 @@ def test_nothing_is_left_whatever_ends_the_trainer(run, moment, end):
     started.wait()
     assert shared_memory or moment == "start" or end == "exception"
     started.check_nothing_is_left(shared_memory)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "exception"])
+def test_nothing_is_left_of_what_is_sampled_ahead(run, end):
+    started = run(num_rollouts=1000, max_staleness=2, action=end if end == "exception" else None)
+    if end != "exception":
+        started.wait_for((started.folder / "rollout3").exists)
+        started.process.send_signal(end)
+    started.wait()
+    started.check_nothing_is_left()
 
 
 def test_nothing_is_left_when_one_of_two_ranks_is_killed(run):

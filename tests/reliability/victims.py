@@ -91,6 +91,26 @@ class Journal(Callback, RolloutHooks):
             torch.save(weights, self.folder / "weights.pt")
 
 
+class Ledger(Callback):
+    """Writes down every micro-batch that is trained on: a line for each, with the rollout that it is of."""
+
+    def __init__(self, folder: str):
+        self.path = Path(folder) / "ledger.jsonl"
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        rollout = trainer.datamodule.rollout
+        entry = {
+            "rollout": trainer.datamodule.iteration - 1,
+            "batch": batch_idx,
+            "samples": batch.sample_ids.tolist(),
+            "prompts": rollout.prompts,
+            "completions": [completion.token_ids for completion in rollout.completions],
+            "staleness": rollout.staleness.tolist(),
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
 class Killer(Callback, RolloutHooks):
     """Kills the run in a rollout, an update, a save or a validation."""
 
