@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 TINY = ["--hidden=64", "--layers=1", "--tokens=128", "--prompts=4", "--points=2", "--repeats=1", "--micro-batches=2"]
 
 
+@pytest.mark.reliability
 def test_a_longer_completion_costs_padding_only(tmp_path):
     command = [sys.executable, "benchmarks/growth.py", "--quantities", "longest", "sequences", *TINY]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
