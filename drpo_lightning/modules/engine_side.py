@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from drpo_lightning.batch import Rollout, RolloutBatch
+from drpo_lightning.modules.checks import are_finite
 from drpo_lightning.modules.lora import LoRA
 from drpo_lightning.modules.policy_network import PolicyNetwork
 from drpo_lightning.modules.reference import ReferenceModel, ReferencePenalty
@@ -88,7 +89,7 @@ class EngineSide(LightningModule, WeightSource, RolloutPolicy):
 
     def weights_are_finite(self) -> bool:
         """See `WeightSource`."""
-        finite = torch.stack([local(parameter).isfinite().all() for parameter in self.parameters()]).all()
+        finite = torch.tensor(are_finite([local(p).detach() for p in self.parameters()]), device=self.device)
         return bool(self.trainer.strategy.reduce(finite.float(), reduce_op="sum") == self.trainer.world_size)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import MixedPrecision
 
 from drpo_lightning.batch import Sampling
 from drpo_lightning.modules.checks import (
+    are_finite,
     check_adapters,
     check_model_folder,
     check_optimizer,
@@ -109,3 +110,21 @@ def test_float32_parameters_are_not_counted():
     mixed = [torch.ones(4), torch.ones(4, dtype=torch.bfloat16)]
     assert fraction_rounded_away(mixed, 1e-6) == 1.0
     assert fraction_rounded_away([], 1e-6) == 0.0
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        ([1.0, -2.0], True),
+        ([6e4, 6e4], True),
+        ([1.0, float("nan")], False),
+        ([1.0, float("inf")], False),
+        ([float("inf"), -float("inf")], False),
+        ([], True),
+    ],
+)
+def test_finite_values_are_told_from_others_whatever_their_sum(precision, values, finite):
+    """6e4 + 6e4 overflows in float16."""
+    tensor = torch.tensor(values, dtype=precision)
+    assert are_finite([torch.ones(3), tensor]) is finite
