@@ -110,7 +110,7 @@ LAYOUT: Layout = {
         "sampled tokens per second": r"perf/tokens_per_second",
         "tokens per second of generation and updates": r"perf/(generate|update)_tokens_per_second",
         "share of the device's peak in the updates": r"perf/mfu",
-        "seconds": r"perf/(generate|sync|reward|update|iteration)_seconds",
+        "seconds": r"perf/(start|generate|sync|reward|update|iteration)_seconds",
         "rollout": r"rollout/number",
         "share of the time that the trainer waits for completions": r"perf/idle_fraction",
         "weight syncs since the weights of the samples": r"rollout/staleness_(mean|max)",

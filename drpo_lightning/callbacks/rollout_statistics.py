@@ -24,8 +24,9 @@ class RolloutStatistics(Callback, RolloutHooks):
     has it), `completions/mean_length` (tokens), `completions/max_length`, `completions/truncated_fraction`,
     `group/zero_std_fraction` (prompts whose samples, without dropped ones, have equal rewards and so no gradient, but
     for that of a penalty); and of the iteration `perf/generate_seconds`, `perf/sync_seconds`, `perf/reward_seconds`,
-    `perf/update_seconds`, `perf/iteration_seconds`, `perf/tokens_per_second` (sampled tokens over the whole iteration,
-    all ranks), `perf/idle_fraction` (share of the iteration in which the trainer waits for completions; where they are
+    `perf/update_seconds`, `perf/iteration_seconds` (all but `perf/start_seconds`, which the engine takes to start where
+    it does), `perf/tokens_per_second` (sampled tokens over the whole iteration, all ranks), `perf/idle_fraction` (share
+    of the iteration in which the trainer waits for completions; where they are
     sampled ahead, `perf/generate_seconds` is what is left to wait), `perf/generate_tokens_per_second` (sampled tokens
     over `perf/generate_seconds`, where they are not), `perf/update_tokens_per_second` (prompts and completions, without
     padding, over `perf/update_seconds`) and, for a dense transformer on a GPU whose peak is known, `perf/mfu` (model
@@ -58,6 +59,7 @@ class RolloutStatistics(Callback, RolloutHooks):
         self._metrics = rollout_metrics(trainer, pl_module, rollout)
         self._tokens = self._metrics.pop("tokens")
         phases: dict[str, float] = trainer.datamodule.phase_seconds  # type: ignore[attr-defined]
+        self._started += phases.get("start", 0.0)
         self._waited_seconds = phases["generate"]
         self._metrics |= {f"perf/{name}_seconds": seconds for name, seconds in phases.items()}
         if trainer.datamodule.max_staleness == 0:  # type: ignore[attr-defined]

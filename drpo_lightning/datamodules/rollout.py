@@ -270,7 +270,7 @@ class RolloutDataModule(ResumableRollouts):
 
     @property
     def phase_seconds(self) -> dict[str, float]:
-        """What the last rollout took, in seconds: `sync`, `generate` and `reward`."""
+        """Seconds of the last rollout: `sync`, `generate`, `reward`, and `start` if the engine was started for it."""
         return self._sampler.phase_seconds
 
     def teardown(self, stage: str) -> None:  # noqa: ARG002

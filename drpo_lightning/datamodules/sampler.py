@@ -36,7 +36,7 @@ class RolloutSampler:
         self.seed = seed
         self.trust_remote_code = trust_remote_code
         self.phase_seconds: dict[str, float] = {}
-        """What the last rollout took, in seconds: `sync`, `generate` and `reward`."""
+        """Seconds of the last rollout: `sync`, `generate`, `reward`, and `start` if the engine was started for it."""
         self._expected_weights: dict[str, torch.Size] = {}
         self._profiler: Profiler = PassThroughProfiler()
         self._on_any_rank: Callable[[bool], bool] = bool
@@ -55,6 +55,7 @@ class RolloutSampler:
         self._on_any_rank = partial(trainer.strategy.reduce_boolean_decision, all=False)
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.empty_cache()  # what the last update's activations took is the engine's now
+        self.phase_seconds.pop("start", None)
         if self.engine.is_started:
             self.engine.wake()
             return
@@ -64,14 +65,15 @@ class RolloutSampler:
                 f"`model.peft.sync: adapter` is not supported by {type(self.engine).__name__}; set it to `merged`"
             )
         self._expected_weights = model_weight_shapes(self.model, trust_remote_code=self.trust_remote_code)
-        self.engine.start(
-            self.model,
-            device=trainer.strategy.root_device,
-            num_ranks=trainer.world_size,
-            seed=self.seed + trainer.global_rank,
-            trust_remote_code=self.trust_remote_code,
-            adapter_rank=None if adapter is None else adapter["r"],
-        )
+        with self._phase("start"):
+            self.engine.start(
+                self.model,
+                device=trainer.strategy.root_device,
+                num_ranks=trainer.world_size,
+                seed=self.seed + trainer.global_rank,
+                trust_remote_code=self.trust_remote_code,
+                adapter_rank=None if adapter is None else adapter["r"],
+            )
 
     def load_weights(self, source: object) -> None:
         """Sends the weights, or the adapters where they alone are synced, after checking names, shapes and finiteness.

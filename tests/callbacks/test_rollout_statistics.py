@@ -1,5 +1,6 @@
 """Statistics of a rollout: worked by hand, the same over ranks, at the steps completed when it was sampled."""
 
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 
 from drpo_lightning.callbacks import ExactMatchReward, FunctionReward, RolloutStatistics
 from drpo_lightning.callbacks.rollout_statistics import rollout_metrics
+from drpo_lightning.rollout import TransformersEngine
 
 MODULE = SimpleNamespace(device=torch.device("cpu"))
 
@@ -180,6 +182,22 @@ def test_speed_is_logged_after_the_updates(make_run, make_memory, make_recorder)
         assert 0 < update < iteration
         assert speed == pytest.approx(rollout.num_completion_tokens / iteration)
         assert iteration - update >= logger.values("perf/generate_seconds")[i]
+
+
+def test_the_start_of_the_engine_is_no_part_of_an_iteration(make_run, make_memory):
+    class SlowlyStarting(TransformersEngine):
+        def start(self, *args, **kwargs):
+            time.sleep(5)
+            super().start(*args, **kwargs)
+
+    logger = make_memory()
+    data = {"engine": SlowlyStarting()}
+    run = make_run(RolloutStatistics(), data=data, trainer={"logger": logger, "max_epochs": 2})
+    begun = time.perf_counter()
+    run.fit()
+    ((step, seconds),) = logger.scalars["perf/start_seconds"]
+    assert (step, seconds > 5) == (0, True)
+    assert sum(logger.values("perf/iteration_seconds")) < time.perf_counter() - begun - seconds
 
 
 def test_validation_is_not_taken_for_a_rollout(make_run, make_memory):
