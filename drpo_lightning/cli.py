@@ -50,6 +50,8 @@ HINTS = {
     "requires a GPU accelerator": "Or take `ddp` or ModelParallelStrategy, which run on a CPU.",
     "invalid strategy name": "A class is written {class_path: ModelParallelStrategy, init_args: {data_parallel_size: "
     "2, tensor_parallel_size: 1}}.",
+    "No supported gpu backend": "`trainer.accelerator: gpu` needs a GPU that PyTorch sees; `drpo doctor` says what is "
+    "missing, and `cpu` trains without.",
 }
 """What helps beyond Lightning's own messages, by a part of them."""
 
@@ -107,8 +109,7 @@ class DRPOCommandLine(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            hints = [hint for part, hint in HINTS.items() if part in str(error)]
-            self.parser.error(" ".join([str(error), *hints]))
+            self.parser.error(with_hints(error))
         except (TypeError, AttributeError) as error:  # null passes for any type in the parser
             if not (nulls := self._unexpected_nulls()):
                 raise
@@ -194,6 +195,11 @@ def _imported(path: str) -> Any:  # noqa: ANN401
     return getattr(import_module(module), name)
 
 
+def with_hints(error: Exception) -> str:
+    """An error's message, and what helps beyond it."""
+    return " ".join([str(error), *(hint for part, hint in HINTS.items() if part in str(error))])
+
+
 def with_values_of_flags(arguments: Sequence[str]) -> list[str]:
     """A command line on which `--verbose` alone means `--verbose=true`."""
     following = [*arguments[1:], ""]
@@ -219,7 +225,7 @@ def main() -> None:
                 **COMMAND_LINE,
             )
     except (SettingError, DiskFullError, MisconfigurationException) as error:
-        sys.exit(f"drpo: error: {error}")
+        sys.exit(f"drpo: error: {with_hints(error)}")
     except RewardError as error:
         if error.__cause__ is not None:  # where in the reward
             traceback.print_exception(error.__cause__)

@@ -54,6 +54,7 @@ def main() -> None:
         pip("-e", ".[lora,figures,dev]")
         print("vLLM has no package for this machine: rollouts run on the transformers engine", flush=True)
     MARK.write_text(wanted)
+    print("Set up: `source .venv/bin/activate` puts `drpo` on the path, `drpo doctor` looks at the machine", flush=True)
 
 
 if __name__ == "__main__":

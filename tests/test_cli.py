@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch.callbacks import ProgressBar
 
@@ -187,6 +188,11 @@ def test_what_is_null_in_a_file_is_named(run, capsys, tmp_path, section, message
         (["--data.prompt_format=chat"], r"has no chat template; set `data\.prompt_format: raw`"),
         (["--trainer.precision=64-true"], r"`trainer\.precision` 64-true is not supported; take one of 32-true"),
         (["--trainer.callbacks=null"], r"`trainer\.callbacks` has no reward"),
+        pytest.param(
+            ["--trainer.accelerator=gpu"],
+            r"No supported gpu backend found! `trainer.accelerator: gpu` needs a GPU .*`drpo doctor`",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         (["--data.prompts=FilePrompts", "--data.prompts.path=nowhere.jsonl"], r"'nowhere\.jsonl' does not exist"),
         (["--model.model=models/nowhere"], r"`model\.model` 'models/nowhere' cannot be loaded: .*drpo doctor"),
         (["--model.model=models/arithmatic"], r"There is a folder 'models/arithmetic': is it meant\?"),
