@@ -102,6 +102,8 @@ def server_command(
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if on_cpu:
         # vLLM compiles the ranking of logprobs at the first request, even when eager: it would need a C++ compiler.
+        # Without Dynamo it cannot compile the model either.
+        words.append("--enforce-eager")
         environment |= {"TORCHDYNAMO_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
     if importlib.util.find_spec("flashinfer") is None:

@@ -14,6 +14,8 @@ THRESHOLDS = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}
 """Largest mean |log pi - log mu| of the probe, in nats, by the engine's precision."""
 QUANTIZED_THRESHOLD = 1.0
 MIXED_PRECISION_THRESHOLD = THRESHOLDS["bfloat16"]
+SPARE_TOKENS = 2
+"""What a sequence leaves of the context: for the sampled token, and one more."""
 
 
 class SyncProbe(Callback, RolloutHooks):
@@ -71,12 +73,13 @@ class SyncProbe(Callback, RolloutHooks):
     def _sequences(self, tokenizer: object, engine: RolloutEngine) -> Tensor:
         """Fixed token sequences, two blocks of the prefix cache long if the context allows."""
         vocabulary = len(tokenizer)  # type: ignore[arg-type]
-        length = min(2 * max(engine.cache_block_tokens, 16), engine.context_tokens - 2)
-        if length <= engine.cache_block_tokens:
+        block = engine.cache_block_tokens
+        length = min(2 * max(block, 16), engine.context_tokens - SPARE_TOKENS)
+        if length <= block:
             raise SettingError(
-                f"`SyncProbe` needs sequences longer than a block of the prefix cache ({engine.cache_block_tokens} "
-                f"tokens) to notice a stale one, and the context is {engine.context_tokens} tokens: set "
-                "`data.engine.init_args.max_model_len` higher, or leave the probe out"
+                f"`SyncProbe` needs sequences longer than a block of the prefix cache ({block} tokens) to notice a "
+                f"stale one, and the context is {engine.context_tokens} tokens: raise {engine.context_setting} to "
+                f"{block + 1 + SPARE_TOKENS} or more, or leave the probe out"
             )
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randint(vocabulary, (self.num_sequences, length), generator=generator)

@@ -53,6 +53,7 @@ class RolloutEngine(ABC):
 
     Attributes:
         cache_block_tokens: tokens of one block of the prefix cache; 0 without one.
+        context_setting: what a user raises for a longer context, in words.
         context_tokens: most tokens of a sequence; known once started.
         dtype_name: precision of the engine's weights, `float32`, `bfloat16`, `fp8` and so on; known once started.
         is_shared: True for one that all ranks ask, each for itself, without a copy of it for each.
@@ -65,6 +66,7 @@ class RolloutEngine(ABC):
     """
 
     cache_block_tokens: int = 0
+    context_setting: str = "`max_position_embeddings` in the model's configuration"
     context_tokens: int = 0
     dtype_name: str = ""
     is_shared: bool = False

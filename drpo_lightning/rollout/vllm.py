@@ -51,6 +51,8 @@ class VLLMEngine(RolloutEngine):
         sleep: see `RolloutEngine`. A GPU engine can, a CPU engine cannot.
     """
 
+    context_setting = "`max_model_len` of `VLLMEngine`"
+
     def __init__(
         self,
         process: Literal["auto", "in_process", "own"] = "auto",

@@ -13,6 +13,7 @@ class WrappedEngine(RolloutEngine):
     def __init__(self, engine: RolloutEngine) -> None:
         super().__init__(engine.sleep_mode)
         self.engine = engine
+        self.context_setting = engine.context_setting
         self.max_context_tokens = engine.max_context_tokens
 
     def check_available(self) -> None:

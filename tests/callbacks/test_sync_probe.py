@@ -6,7 +6,8 @@ from lightning.pytorch import Callback
 
 from drpo_lightning.callbacks import SyncProbe
 from drpo_lightning.errors import SettingError
-from drpo_lightning.rollout import EngineError, RolloutHooks, TransformersEngine
+from drpo_lightning.rollout import EngineError, RolloutHooks, TransformersEngine, VLLMEngine, VLLMServerEngine
+from drpo_lightning.rollout.supervised import SupervisedEngine
 
 
 class Tamper(Callback, RolloutHooks):
@@ -125,9 +126,30 @@ def test_the_probe_is_longer_than_a_block_of_the_prefix_cache(make_run):
 def test_a_context_shorter_than_a_block_is_an_error_with_a_way_out(make_run, block_tokens):
     engine = TransformersEngine()
     engine.cache_block_tokens = block_tokens
-    message = rf"longer than a block of the prefix cache \({block_tokens} tokens\).*context is 512.*max_model_len"
+    engine.context_setting = "`--length`"
+    message = (
+        rf"longer than a block of the prefix cache \({block_tokens} tokens\).*context is 512 tokens: "
+        f"raise `--length` to {block_tokens + 3} or more"
+    )
     with pytest.raises(SettingError, match=message):
         make_run(SyncProbe(), data={"engine": engine}).fit()
+
+
+def test_each_engine_says_how_its_own_context_is_raised():
+    server = VLLMServerEngine(["http://127.0.0.1:8000"])
+    assert server.context_setting == "`--max-model-len` of each `drpo serve`"
+    assert SupervisedEngine(server).context_setting == server.context_setting
+    assert "max_model_len" in VLLMEngine().context_setting
+    assert "max_position_embeddings" in TransformersEngine().context_setting
+
+
+def test_the_smallest_context_that_the_error_names_is_enough(make_run):
+    class Short(TransformersEngine):
+        """With a context of 512 and blocks that are just short enough."""
+
+        cache_block_tokens = 509
+
+    make_run(SyncProbe(num_sequences=1), data={"engine": Short()}).fit()
 
 
 def test_the_probe_also_runs_before_a_validation(make_run):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 START_SECONDS = 180
 KEY_VARIABLE, KEY = "DRPO_TEST_ROLLOUT_KEY", "sk-very-secret"
 OPTIONS = [
-    *("--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--transfer", "drpo_http"),
+    *("--dtype", "float32", "--max-model-len", "256"),
     # Without a worker process beside the engine's: a quicker start.
     *("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"),
 ]

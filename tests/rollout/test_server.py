@@ -12,6 +12,7 @@ import torch
 from drpo_lightning.batch import Sampling
 from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout import EngineError, VLLMServerEngine
+from drpo_lightning.rollout.server import fleet
 from tests.rollout.vllm_double import Double
 
 KEY_VARIABLE, KEY = "DRPO_TEST_ROLLOUT_KEY", "sk-very-secret"
@@ -220,6 +221,25 @@ def test_the_first_start_waits_for_every_server(make_engine, doubles):
         make_engine([doubles[0].url, gone.url])
 
 
+def test_it_is_said_which_servers_are_waited_for_and_why(make_engine, doubles, caplog, monkeypatch):
+    monkeypatch.setattr(fleet, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(fleet, "REPORT_SECONDS", 0.2)
+    gone = doubles.pop()
+    gone.close()
+    doubles[0].misbehave = lambda handler, path: path == "/health" and (handler.say("loading", 503) or True)
+    with pytest.raises(EngineError, match="2 of 2 rollout servers were not ready"):
+        make_engine([doubles[0].url, gone.url], start_timeout_seconds=1.3)
+    lines = [line for line in caplog.messages if line.startswith("Waiting for rollout servers, at most 1 s: ")]
+    assert f"{doubles[0].url} answered /health with status 503: loading; " in lines[0]
+    assert f"{gone.url} did not answer /health: connection refused (not started, or still loading)" in lines[0]
+    assert 4 <= sum(line.startswith("Waiting") for line in caplog.messages) <= 7
+
+
+def test_nothing_is_said_of_servers_that_are_ready(make_engine, caplog):
+    make_engine()
+    assert not [line for line in caplog.messages if line.startswith(("Waiting", "Still"))]
+
+
 def test_what_holds_for_all_servers_is_known(make_engine, doubles):
     doubles[1].config["model_config"]["max_model_len"] = 32
     doubles[0].config["cache_config"] = {"block_size": 16, "enable_prefix_caching": False}
@@ -369,6 +389,17 @@ def test_a_server_that_fails_in_a_sync_is_left_out(make_engine, doubles):
         engine.load_weights(WEIGHTS.items())
     assert token_ids(generate(engine)) == expected()
     assert not doubles[1].versions
+
+
+def test_a_server_that_stays_dead_is_named_once_at_every_later_sync(make_engine, doubles, caplog):
+    engine = make_engine()
+    doubles[1].close()
+    with pytest.warns(RuntimeWarning, match="left alone"):
+        engine.load_weights(WEIGHTS.items())
+    said = f"Still without a server: the server {doubles[1].url} did not answer /health: connection refused"
+    for number in range(3):
+        assert sum(line.startswith(said) for line in caplog.messages) == number
+        engine.load_weights(WEIGHTS.items())
 
 
 def test_a_server_that_keeps_cached_prefixes_is_left_out(make_engine, doubles):

@@ -1,6 +1,7 @@
 """One vLLM server, asked over HTTP."""
 
 import asyncio
+import errno
 import io
 import json
 from http import HTTPStatus
@@ -123,7 +124,7 @@ class VLLMServer:
         except TimeoutError as error:
             raise ServerError(f"{self} did not answer {path} within {timeout_seconds or QUICK_SECONDS:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ServerError(f"{self} did not answer {path}: {error or repr(error)}") from error
+            raise ServerError(f"{self} did not answer {path}: {_reason(error)}") from error
         self._check_status(path, response.status, data)
         return _content(data)
 
@@ -248,6 +249,13 @@ class VLLMServer:
         if not counts:
             raise SettingError(f"{self} does not count tokens, by which its progress is seen; {HOW_TO_START}")
         return sum(map(float, counts))
+
+
+def _reason(error: Exception) -> str:
+    """Why a question did not reach a server, or its answer did not come."""
+    if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED:
+        return "connection refused (not started, or still loading)"  # vLLM listens once it has loaded the model
+    return str(error) or repr(error)
 
 
 def _content(data: bytes) -> Any:  # noqa: ANN401

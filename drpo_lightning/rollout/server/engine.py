@@ -58,6 +58,7 @@ class VLLMServerEngine(RolloutEngine):
     """
 
     is_shared = True
+    context_setting = "`--max-model-len` of each `drpo serve`"
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import logging
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -20,7 +21,10 @@ from drpo_lightning.rollout.server.loop import BackgroundLoop
 from drpo_lightning.rollout.server.nccl import NCCLSender
 from drpo_lightning.rollout.server.weights import NCCL_BACKEND, Bucket, buckets, update_message
 
+LOG = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
+REPORT_SECONDS = 30.0
+"""Between two lines that say which servers are waited for."""
 WATCH_SECONDS = 5.0
 """Between two looks at the progress of a server."""
 
@@ -91,6 +95,8 @@ class Fleet:
     def connect(self, timeout_seconds: float, *, to_all: bool) -> ServerInfo:
         """Waits until servers are ready, and says what holds for all: the smallest context, the largest block.
 
+        Logs which are not ready and why, at once and every `REPORT_SECONDS`.
+
         Args:
             timeout_seconds: how long.
             to_all: waits for each of them, and refuses the wrong settings of any; or else for one of them.
@@ -113,19 +119,25 @@ class Fleet:
         )
 
     async def _connect(self, timeout_seconds: float, *, to_all: bool) -> list[ServerInfo]:
-        deadline = time.monotonic() + timeout_seconds
+        next_report = time.monotonic()
+        deadline = next_report + timeout_seconds
         while True:
             infos, failures = _parted(await _outcomes(server.info(self._device) for server in self.servers))
             if to_all and (wrong := [failure for failure in failures if isinstance(failure, SettingError)]):
                 raise wrong[0]
             if infos and not (to_all and failures):
                 return infos
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 raise EngineError(
                     f"{len(failures)} of {len(self.servers)} rollout servers were not ready within "
                     f"{timeout_seconds:g} s (`start_timeout_seconds`): {failures[0]}. Start them with `drpo serve`, or "
                     "correct `urls`"
                 )
+            if now >= next_report:
+                next_report = now + REPORT_SECONDS
+                reasons = "; ".join(map(str, failures))
+                LOG.warning("Waiting for rollout servers, at most %.0f s: %s", deadline - now, reasons)
             await asyncio.sleep(POLL_SECONDS)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: str, dtype_name: str) -> None:
@@ -150,8 +162,11 @@ class Fleet:
             ready = self._on_each(ready, partial(self._update, bucket=bucket, content=content))
         for server in self._on_each(ready, lambda server: server.finish_update(version, seconds)):
             server.accept(version)
-            if server in lost_before:
+        for server in lost_before:
+            if server.is_current:
                 self.news.append(f"{server} is back, and has the current weights")
+            else:
+                LOG.warning("Still without a server: %s", server.failure)
 
     def adopt(self, states: Sequence[tuple[str, str]]) -> None:
         """Takes over the version and the failure of each server from the rank that has sent weights."""
