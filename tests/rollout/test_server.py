@@ -359,6 +359,27 @@ def test_a_server_that_hangs_is_lost_and_gets_the_weights_when_it_is_back(make_e
     assert doubles[0].versions == [doubles[1].version] * 6
 
 
+def test_a_server_that_ends_and_leaves_its_requests_open_is_lost_long_before_it_counts_as_hanging(
+    make_engine, doubles, monkeypatch
+):
+    monkeypatch.setattr(fleet, "WATCH_SECONDS", 0.1)
+    engine = make_engine(stall_timeout_seconds=60.0)
+    ended = threading.Event()
+
+    def end(handler, path):
+        if path.endswith("generate"):
+            doubles[0].close()
+            ended.wait(20)
+        return path.endswith("generate")
+
+    doubles[0].misbehave = end
+    started = time.monotonic()
+    with pytest.warns(RuntimeWarning, match=rf"{doubles[0].url} did not answer /metrics: connection refused .* left"):
+        assert token_ids(generate(engine, PROMPTS[:1])) == expected(PROMPTS[:1])
+    assert time.monotonic() - started < 10
+    ended.set()
+
+
 def test_a_slow_server_that_computes_is_not_taken_for_a_hanging_one(make_engine, doubles):
     engine = make_engine([doubles[0].url])
     doubles[0].seconds = 1.2

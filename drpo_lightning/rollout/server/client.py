@@ -28,6 +28,10 @@ class ServerError(RuntimeError):
     """A server did not answer as it should, but it or another one may do better."""
 
 
+class ServerGoneError(ServerError):
+    """Nothing listens at a server's address."""
+
+
 class ServerInfo(NamedTuple):
     """What a server says of itself.
 
@@ -108,6 +112,7 @@ class VLLMServer:
 
         Raises:
             ServerError: if there is no answer, or the server says that it failed.
+            ServerGoneError: if nothing listens at its address.
             SettingError: if it refuses the question.
         """
         body = json.dumps(content).encode() if isinstance(content, dict) else content
@@ -124,7 +129,10 @@ class VLLMServer:
         except TimeoutError as error:
             raise ServerError(f"{self} did not answer {path} within {timeout_seconds or QUICK_SECONDS:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ServerError(f"{self} did not answer {path}: {_reason(error)}") from error
+            if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED:
+                why = "connection refused (not started, or still loading)"  # vLLM listens once it has loaded the model
+                raise ServerGoneError(f"{self} did not answer {path}: {why}") from error
+            raise ServerError(f"{self} did not answer {path}: {error or repr(error)}") from error
         self._check_status(path, response.status, data)
         return _content(data)
 
@@ -249,13 +257,6 @@ class VLLMServer:
         if not counts:
             raise SettingError(f"{self} does not count tokens, by which its progress is seen; {HOW_TO_START}")
         return sum(map(float, counts))
-
-
-def _reason(error: Exception) -> str:
-    """Why a question did not reach a server, or its answer did not come."""
-    if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED:
-        return "connection refused (not started, or still loading)"  # vLLM listens once it has loaded the model
-    return str(error) or repr(error)
 
 
 def _content(data: bytes) -> Any:  # noqa: ANN401

@@ -16,7 +16,7 @@ from torch import Tensor
 from drpo_lightning.batch import Completion
 from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout.engine import EngineError
-from drpo_lightning.rollout.server.client import ServerError, ServerInfo, VLLMServer
+from drpo_lightning.rollout.server.client import ServerError, ServerGoneError, ServerInfo, VLLMServer
 from drpo_lightning.rollout.server.loop import BackgroundLoop
 from drpo_lightning.rollout.server.nccl import NCCLSender
 from drpo_lightning.rollout.server.weights import NCCL_BACKEND, Bucket, buckets, update_message
@@ -312,14 +312,20 @@ class Fleet:
             self._lose(server, failure)
 
     async def _watch(self, server: VLLMServer) -> None:
-        """Loses a server that has requests and computes nothing."""
+        """Loses a server that has requests and computes nothing, or takes no more of them.
+
+        One that is told to end closes its address, and may leave its requests open without ever answering them.
+        """
         progress, since = -1.0, time.monotonic()
         while server.is_current:
             await asyncio.sleep(min(WATCH_SECONDS, self._stall_timeout_seconds / 4))
             try:
                 found = await server.progress()
+            except ServerGoneError as failure:
+                self._lose(server, failure)
+                return
             except (ServerError, SettingError):
-                found = progress  # if it is gone, its requests say so themselves
+                found = progress  # it may only be busy
             if found != progress or not server.tasks:
                 progress, since = found, time.monotonic()
             elif time.monotonic() - since > self._stall_timeout_seconds:
