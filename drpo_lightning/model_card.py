@@ -4,7 +4,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import LightningModule, Trainer
 
 from drpo_lightning import __version__
+from drpo_lightning.changes import Change, changes
 from drpo_lightning.datamodules import RolloutDataModule
 from drpo_lightning.datamodules.prompts import PromptSource
 from drpo_lightning.disk import whole_file
@@ -27,6 +28,8 @@ WRITTEN_BY = "Written by drpo-lightning"
 CARD, RECORD = "README.md", "training.json"
 PLACES = ("name", "path", "model")
 """Settings of ours that may be paths."""
+CHANGEABLE = ("objective", "settings", "prompts", "rewards")
+"""Parts of a record that may differ when a run goes on."""
 Record = dict[str, Any]
 """Plain values, as JSON has them. No environment, and of a path only its last part."""
 
@@ -71,6 +74,24 @@ def training_record(trainer: Trainer, module: LightningModule, validation: Recor
         if isinstance(callback, Reward)
     ]
     return record | {"settings": settings, "validation": validation}
+
+
+def changes_on_the_way(before: Record, now: Record) -> list[Record]:
+    """The changes of settings behind a run that has just gone on from a checkpoint.
+
+    Args:
+        before: the checkpoint's `training_record`, with the changes before it.
+        now: that of the run.
+
+    Returns:
+        Of each start with other settings `from_update`, the number of updates made before it, and `settings`: their
+        names, with the value before and since.
+    """
+    old, new = ({section: record.get(section) for section in CHANGEABLE} for record in (before, now))
+    found = {change.name: [change.before, change.now] for change in changes(old, new)}
+    found.pop("objective.description", None)
+    latest = [{"from_update": now["updates"], "settings": found}] if found else []
+    return [*before.get("changes", []), *latest]
 
 
 def versions() -> dict[str, str]:
@@ -164,6 +185,7 @@ def model_card(record: Mapping[str, Any], *, is_adapter: bool = False) -> str:
         f"# {base}, trained by reinforcement learning",
         f"{kind} `{base}` by reinforcement learning: {' on '.join(length) or 'of unknown length'}.",
         *([f"Objective: {objective['description']}."] if objective else []),
+        *([_changes(record["changes"])] if record.get("changes") else []),
     ]
     tables = {
         f"Validation after {validation['after_updates']} updates": {
@@ -179,6 +201,16 @@ def model_card(record: Mapping[str, Any], *, is_adapter: bool = False) -> str:
     parts += [f"## {title}\n\n{_table(rows)}" for title, rows in tables.items() if rows]
     parts.append(f"{WRITTEN_BY} {__version__}. `{RECORD}` has the same for programs. No licence is stated here.")
     return "\n\n".join(parts) + "\n"
+
+
+def _changes(starts: Sequence[Mapping[str, Any]]) -> str:
+    """Paragraph of `changes_on_the_way`."""
+    lines = [
+        f"- From update {start['from_update']} on: "
+        + "; ".join(str(Change(name, *values)) for name, values in start["settings"].items())
+        for start in starts
+    ]
+    return "\n".join(["Settings changed on the way:\n", *lines])
 
 
 def _hub_data_sets(prompts: Mapping[str, Any]) -> set[str]:

@@ -13,6 +13,7 @@ FLOORS = {
     "functional": 0,
     "batch": 0,
     "addresses": 0,
+    "changes": 0,
     "console": 0,
     "noise": 0,
     "packages": 0,

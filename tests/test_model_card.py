@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from drpo_lightning import __version__, saved_config
-from drpo_lightning.callbacks import ExportPolicy
+from drpo_lightning.callbacks import AdaptiveDelta, ExportPolicy
 from drpo_lightning.datamodules import ArithmeticPrompts, HubPrompts, MixedPrompts, ReasoningGymPrompts
 from drpo_lightning.export import export_checkpoint
 from drpo_lightning.model_card import described, model_card, public_name, write_card
@@ -94,6 +94,34 @@ def test_a_checkpoint_without_a_record_gives_model_and_length(make_run, tmp_path
     assert record == {"base_model": "arithmetic", "updates": 2}
     assert "base_model" not in front
     assert "2 updates." in text
+
+
+def test_settings_that_changed_on_the_way_are_said_after_every_resume(make_run, tmp_path):
+    stretches = [(1, DRPO(delta=0.2)), (2, DRPO(delta=12.5)), (3, DRPO(delta=12.5)), (4, ClippedRatio())]
+    for max_epochs, objective in stretches:
+        exported = ExportPolicy(folder=str(tmp_path / "out"))
+        run = make_run(exported, trainer={"max_epochs": max_epochs}, module={"objective": objective})
+        run.fit(ckpt_path=tmp_path / "run.ckpt" if max_epochs > 1 else None)
+        run.trainer.save_checkpoint(tmp_path / "run.ckpt")
+    record, _, text = read(tmp_path / "out")
+    assert record["changes"] == [
+        {"from_update": 2, "settings": {"objective.delta": [0.2, 12.5]}},
+        {"from_update": 6, "settings": {"objective": ["DRPO", "ClippedRatio"]}},
+    ]
+    assert "- From update 2 on: objective.delta: 0.2 -> 12.5\n- From update 6 on: objective: DRPO -> Clip" in text
+    export_checkpoint(tmp_path / "run.ckpt", tmp_path / "exported")
+    assert read(tmp_path / "exported")[0] == record
+
+
+def test_a_delta_that_a_callback_restores_is_no_change(make_run, tmp_path):
+    for max_epochs in (1, 2):
+        callbacks = [ExportPolicy(folder=str(tmp_path / "out")), AdaptiveDelta(gain=1.0)]
+        run = make_run(*callbacks, trainer={"max_epochs": max_epochs}, module={"objective": DRPO(delta=0.2)})
+        run.fit(ckpt_path=tmp_path / "run.ckpt" if max_epochs > 1 else None)
+        run.trainer.save_checkpoint(tmp_path / "run.ckpt")
+        if max_epochs == 1:
+            assert run.module.objective.delta != 0.2
+    assert "changes" not in read(tmp_path / "out")[0]
 
 
 def test_adapters_are_peft_s(make_run, tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor
 from drpo_lightning.errors import SettingError
 from drpo_lightning.export import check_exported, export_dtype, write_model
 from drpo_lightning.hub import make_repository, upload
-from drpo_lightning.model_card import training_record, validation_record, write_card
+from drpo_lightning.model_card import Record, changes_on_the_way, training_record, validation_record, write_card
 from drpo_lightning.modules import PolicyModule
 from drpo_lightning.rollout.adapters import write_adapter
 
@@ -18,9 +18,9 @@ from drpo_lightning.rollout.adapters import write_adapter
 class ExportPolicy(Callback):
     """Exports the policy at the end of the training, with a model card and a record of the training.
 
-    `README.md` and `training.json` say what it was trained on and how, and what the latest validation gave; see
-    `drpo_lightning.model_card`. A README.md that somebody else has written stays. The record is in checkpoints too, for
-    `drpo export`.
+    `README.md` and `training.json` say what it was trained on and how, what the latest validation gave, and from which
+    update on a resumed run had other settings; see `drpo_lightning.model_card`. A README.md that somebody else has
+    written stays. The record is in checkpoints too, for `drpo export`.
 
     Args:
         folder: where to; by default `policy` in the run's log folder.
@@ -52,6 +52,8 @@ class ExportPolicy(Callback):
         self.push_to_hub = push_to_hub
         self.private = private
         self._validation: dict[str, Any] = {}
+        self._changes: list[Record] = []
+        self._resumed: Record | None = None
         self.exported: Path | None = None
         """The folder, once it is written."""
 
@@ -77,7 +79,30 @@ class ExportPolicy(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notes what is known of the training, for `drpo export`."""
-        checkpoint["training"] = training_record(trainer, pl_module, self._validation)
+        checkpoint["training"] = self._record(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Takes over what is known of the training so far."""
+        self._resumed = checkpoint.get("training")
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,  # noqa: ANN401, ARG002 - Lightning's signature
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Notes, before the first update of a run that goes on, which settings are others than before."""
+        if self._resumed is not None:
+            self._record(trainer, pl_module)
+
+    def _record(self, trainer: Trainer, module: LightningModule) -> Record:
+        """What is known of the training, with the changes on the way."""
+        record = training_record(trainer, module, self._validation)
+        if self._resumed is not None:  # what callbacks restore at the start of the training is restored
+            self._changes = changes_on_the_way(self._resumed, record)
+            self._resumed = None
+        return record | ({"changes": self._changes} if self._changes else {})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the model and its tokenizer on rank 0; the other ranks help to gather the weights."""
@@ -89,7 +114,7 @@ class ExportPolicy(Callback):
         weights = self._gathered(trainer, pl_module)
         if trainer.is_global_zero:
             self._write(pl_module, weights, folder)
-            write_card(folder, training_record(trainer, pl_module, self._validation), is_adapter=self.adapter)
+            write_card(folder, self._record(trainer, pl_module), is_adapter=self.adapter)
         if self.check:
             trainer.datamodule.refresh_engine()  # type: ignore[attr-defined]
             if trainer.is_global_zero:
