@@ -1,5 +1,6 @@
 """The copy of the configuration that a run leaves: without the values that came from the environment."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -9,14 +10,18 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
+from drpo_lightning.changes import Change, changes, class_name
 from drpo_lightning.disk import whole_file
+from drpo_lightning.errors import SettingError
 
 OF_ONE_START = ("ckpt_path", "weights_only", "verbose", "trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 """Settings that a run may go on with another value of."""
+OF_THE_CHECKPOINT = ("optimizer", "lr_scheduler")
+"""Of the model: what a checkpoint holds with its settings, which win."""
+LOG = logging.getLogger(__name__)
 UNRESOLVED: dict[str, str] = {}
 """Whole texts of settings that hold values of the environment, and the same with `${oc.env:NAME}` in their places."""
 
@@ -62,46 +67,97 @@ def unresolved(value: Any) -> Any:  # noqa: ANN401
     return UNRESOLVED.get(value, value) if isinstance(value, str) else value
 
 
-def changed_settings(before: Any, now: Any) -> list[str]:  # noqa: ANN401
-    """Settings that differ between two configurations, as `name: before -> now`; a longer run is no difference.
+def in_effect(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run goes on with: of an optimizer and a schedule of the same class, those it had.
 
     Args:
-        before: nested dicts, of the run so far.
-        now: the same, of its continuation.
+        before: nested dicts, of the run so far, in effect.
+        now: the same, as asked for.
     """
-    old, new = dict(_settings(before)), dict(_settings(now))
-    names = [name for name in {**old, **new} if name not in OF_ONE_START and old.get(name) != new.get(name)]
-    return [f"`{name}`: {old.get(name)!r} -> {new.get(name)!r}" for name in names]
+    old, new = before["model"], now["model"]
+    kept = {name: old[name] for name in OF_THE_CHECKPOINT if class_name(old[name]) == class_name(new[name])}
+    return now | {"model": new | kept}
 
 
-def _settings(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
-    """Names and values of all settings that hold no others."""
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if not entries:
-        yield name, value
-    for key, entry in entries:
-        yield from _settings(entry, f"{name}.{key}" if name else str(key))
+def applied_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+    """Settings that a run goes on with another value of; a longer run is no difference. Arguments: see `in_effect`."""
+    return [change for change in changes(before, in_effect(before, now)) if change.name not in OF_ONE_START]
+
+
+def said_of_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What to say of a run that goes on with other settings. Arguments: see `in_effect`."""
+    if found := applied_changes(before, now):
+        yield f"The run goes on with other settings than it had: {'; '.join(map(str, found))}"
+    if ignored := list(map(str, changes(in_effect(before, now), now))):
+        yield (
+            f"Not applied: {'; '.join(ignored)}. The optimizer and its schedule go on with the settings in the "
+            "checkpoint; for another one start a new run from the exported policy"
+        )
 
 
 class SaveUnresolvedConfig(SaveConfigCallback):
-    """Saves the configuration with `${oc.env:NAME}` where that stood: their values may be keys."""
+    """Saves the configuration with `${oc.env:NAME}` where that stood: their values may be keys.
+
+    Checkpoints have it too. A run that goes on says how its own differs, once the checkpoint is accepted, and keeps
+    that of the updates before as `config-until-<updates>.yaml`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(*args, **kwargs)
+        self._path = Path(self.config_filename)
+        self._settings: dict[str, Any] = {}
+        self._before: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Writes `config.yaml` into the log folder, once and on rank 0."""
+        """Writes `config.yaml` into the log folder, on rank 0; over that of a run that goes on, not yet."""
         folder = trainer.log_dir  # collective
-        if self.already_saved or not trainer.is_global_zero:
-            return
         assert folder is not None, "the trainer has a `default_root_dir`"
+        self._path = Path(folder) / self.config_filename
         checked = OmegaConf.create(self.parser.dump(self.config, skip_none=False))
-        settings = unresolved(OmegaConf.to_container(checked))
-        content = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        path = Path(folder) / self.config_filename
-        before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else settings
-        if changes := changed_settings(before, settings):
-            rank_zero_warn(
-                f"the run goes on with other settings than it had: {'; '.join(changes)}. The optimizer and its "
-                "schedule take theirs from the checkpoint, the learning rate included"
-            )
-        with whole_file(path) as unfinished:
-            unfinished.write_text(f"# lightning.pytorch=={version('lightning')}\n{content}", encoding="utf-8")
-        self.already_saved = True
+        self._settings = unresolved(OmegaConf.to_container(checked))
+        if trainer.is_global_zero and not (stage == "fit" and self._path.is_file()):
+            _write(self._path, self._settings)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Notes the configuration in effect."""
+        checkpoint["config"] = self._in_effect
+
+    @property
+    def _in_effect(self) -> dict[str, Any]:
+        return self._settings if self._before is None else in_effect(self._before, self._settings)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Takes the configuration of the updates so far."""
+        self._before = checkpoint.get("config")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Writes the configuration of a run that goes on, and says what has changed.
+
+        Raises:
+            SettingError: if the optimizer is of another class than the one whose state has been restored.
+        """
+        if self._before is not None:
+            _check_optimizer(self._before, self._settings)
+        if not trainer.is_global_zero:
+            return
+        if self._before is not None:
+            if applied_changes(self._before, self._settings):
+                _write(self._path.with_stem(f"{self._path.stem}-until-{trainer.global_step}"), self._before)
+            for sentence in said_of_changes(self._before, self._settings):
+                LOG.warning(sentence)
+        _write(self._path, self._in_effect)
+
+
+def _check_optimizer(before: dict[str, Any], now: dict[str, Any]) -> None:
+    had, has = (class_name(settings["model"]["optimizer"]) for settings in (before, now))
+    if had and has and had != has:
+        raise SettingError(
+            f"`model.optimizer` must be {had}, whose state is in the checkpoint, got {has}; for another one start a "
+            "new run from the exported policy"
+        )
+
+
+def _write(path: Path, settings: dict[str, Any]) -> None:
+    content = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(f"# lightning.pytorch=={version('lightning')}\n{content}", encoding="utf-8")

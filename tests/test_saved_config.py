@@ -106,15 +106,26 @@ def test_a_printed_configuration_scores(monkeypatch, capsys, tmp_path, model_fol
     assert [type(reward) for reward in settings.rewards] == [ExactMatchReward]
 
 
-def test_a_run_that_goes_on_says_which_settings_have_changed():
+def test_what_is_applied_and_what_the_checkpoint_wins_with_are_said_apart():
     before = {
-        "model": {"lr": 1.0, "objective": {"class_path": "A", "init_args": {"delta": 1}}},
+        "model": {
+            "optimizer": {"class_path": "O", "init_args": {"lr": 1.0}},
+            "lr_scheduler": None,
+            "objective": {"class_path": "a.A", "init_args": {"delta": 1}},
+        },
         "trainer": {"max_epochs": 1},
     }
-    now = {"model": {"lr": 2.0, "objective": {"class_path": "B"}}, "trainer": {"max_epochs": 9}, "ckpt_path": "last"}
-    assert saved_config.changed_settings(before, now) == [
-        "`model.lr`: 1.0 -> 2.0",
-        "`model.objective.class_path`: 'A' -> 'B'",
-        "`model.objective.init_args.delta`: 1 -> None",
-    ]
-    assert saved_config.changed_settings(now, now) == []
+    now = {
+        "model": {
+            "optimizer": {"class_path": "O", "init_args": {"lr": 2.0}},
+            "lr_scheduler": {"class_path": "S", "init_args": {"step_size": 1}},
+            "objective": {"class_path": "b.B"},
+        },
+        "trainer": {"max_epochs": 9},
+        "ckpt_path": "last",
+    }
+    applied, ignored = saved_config.said_of_changes(before, now)
+    assert applied.endswith(": model.lr_scheduler: None -> S; model.objective: a.A -> b.B")
+    assert ignored.startswith("Not applied: model.optimizer.init_args.lr: 1.0 -> 2.0. ")
+    assert ignored.endswith("for another one start a new run from the exported policy")
+    assert list(saved_config.said_of_changes(now, now)) == []
