@@ -24,7 +24,13 @@ from drpo_lightning.disk import DiskFullError
 from drpo_lightning.errors import SettingError
 from drpo_lightning.modules import PolicyModule
 from drpo_lightning.output_folders import claim_log_folders, claim_output_folders
-from drpo_lightning.resume import checkpoint_folders, checkpoint_to_resume, go_on_as_its_run
+from drpo_lightning.resume import (
+    checkpoint_folders,
+    checkpoint_to_resume,
+    go_on_as_its_run,
+    read_notes,
+    say_where_it_goes_on,
+)
 from drpo_lightning.rewards import RewardError
 from drpo_lightning.saved_config import SaveUnresolvedConfig, note_interpolations
 
@@ -159,9 +165,11 @@ class DRPOCommandLine(LightningCLI):
         if path is not None:
             # Lightning leaves it out in the middle of an epoch only; it would change what was loaded.
             self.trainer.num_sanity_val_steps = 0
-        if is_last and path is not None:
-            go_on_as_its_run(self.trainer, path, self.held)
-            return
+            notes = read_notes(path, weights_only=config["weights_only"])
+            say_where_it_goes_on(self.trainer, path, notes)
+            if is_last:
+                go_on_as_its_run(self.trainer, notes, self.held)
+                return
         claim_output_folders(self.trainer, self.held)
         if is_last:
             rank_zero_info("`--ckpt_path last`: there is no checkpoint yet, the run starts from the beginning")

@@ -1,7 +1,10 @@
 """Which checkpoint `--ckpt_path` means, and how a run goes on in the log folder of the one that it resumes."""
 
+import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -80,7 +83,44 @@ def _way_out(trainer: Trainer, asked: str) -> str:
     return "" if newest is None else f". The newest whole checkpoint is {str(newest)!r}"
 
 
-def go_on_as_its_run(trainer: Trainer, checkpoint: str, held: ExitStack) -> None:
+def read_notes(checkpoint: str, *, weights_only: bool = True) -> dict[str, Any]:
+    """What a checkpoint holds; of a folder of shards all but the shards. Empty for one that Lightning has to find.
+
+    Args:
+        checkpoint: see `checkpoint_to_resume`.
+        weights_only: whether a pickle that would run code is refused.
+    """
+    if checkpoint in SPECIAL or "://" in checkpoint:
+        return {}
+    path = Path(checkpoint)
+    file = path / "meta.pt" if path.is_dir() else path
+    notes: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=True)
+    return notes
+
+
+def say_where_it_goes_on(trainer: Trainer, checkpoint: str, notes: Mapping[str, Any]) -> None:
+    """Says how far the run of a checkpoint was.
+
+    Args:
+        trainer: before its run has begun.
+        checkpoint: its name.
+        notes: see `read_notes`; nothing is said of those without the progress of a training.
+
+    Raises:
+        SettingError: if the run is to be shorter than that.
+    """
+    if "loops" not in notes:
+        return
+    rollouts = notes["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    if trainer.max_epochs is not None and -1 < trainer.max_epochs < rollouts:
+        raise SettingError(
+            f"`trainer.max_epochs` must be at least the {rollouts} rollouts behind the checkpoint {checkpoint!r}, got "
+            f"{trainer.max_epochs}; set it to {rollouts} plus those to add, or begin anew without `--ckpt_path`"
+        )
+    rank_zero_info(f"Going on from {checkpoint}, after {rollouts} rollouts, {notes['global_step']} updates")
+
+
+def go_on_as_its_run(trainer: Trainer, notes: Mapping[str, Any], held: ExitStack) -> None:
     """Lets a run go on as that of a checkpoint: TensorBoard's and CSV loggers in its folder, from where it was saved.
 
     What was logged there after it is removed: the run logs it again. The checkpoint itself is the run's own, to be
@@ -88,19 +128,17 @@ def go_on_as_its_run(trainer: Trainer, checkpoint: str, held: ExitStack) -> None
 
     Args:
         trainer: before its run has begun.
-        checkpoint: a file, or a folder of shards.
+        notes: the checkpoint's, see `read_notes`.
         held: see `claim_output_folders`.
 
     Raises:
         SettingError: if a folder cannot be written to, or another run writes there.
     """
-    path = Path(checkpoint)
-    file = path / "meta.pt" if path.is_dir() else path
-    positions = torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("logs", [])
+    positions = notes.get("logs", [])
     take_folders(trainer.loggers, positions)
     claim_output_folders(trainer, held)
     cut_logs(trainer.loggers, positions)
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, PolicyCheckpoint):
             callback.owns_resumed = True
-    rank_zero_info(f"Going on from {checkpoint}")
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # it is the run's own

@@ -1,11 +1,13 @@
 """`--ckpt_path last`: the first start, every further one, and damaged checkpoints; explicit paths."""
 
+import json
 import os
 import re
 import warnings
 from pathlib import Path
 
 import pytest
+import yaml
 
 ONE_ROLLOUT = ("--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1")
 TWO_ROLLOUTS = ("--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1")
@@ -87,3 +89,50 @@ def test_a_version_that_is_configured_is_the_only_one_that_is_looked_at(runs, tm
         runs("fit", *ONE_ROLLOUT, "--ckpt_path=last", "--trainer.logger.init_args.version=other")
     assert "there is no checkpoint yet" in caplog.text
     assert versions(tmp_path) == ["other", "version_0"]
+
+
+def delta_in(path):
+    return yaml.safe_load(path.read_text())["model"]["objective"]["init_args"]["delta"]
+
+
+def test_a_refused_resume_changes_nothing(runs, drpo, tmp_path):
+    runs("fit", *TWO_ROLLOUTS)
+    folder = tmp_path / "quickstart" / "version_0"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as error:
+        drpo("fit", *ONE_ROLLOUT, "--ckpt_path=last", "--model.objective.delta=12.5")
+    message = str(error.value.code)
+    assert "`trainer.max_epochs` must be at least the 2 rollouts behind the checkpoint" in message
+    assert message.endswith("got 1; set it to 2 plus those to add, or begin anew without `--ckpt_path`")
+    assert before.items() == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}.items()
+    with pytest.raises(SystemExit, match="and the checkpoint has null, all weights"):
+        drpo("fit", "--trainer.max_epochs=3", "--ckpt_path=last", "--model.objective.delta=12.5", "--model.peft={r: 2}")
+    with pytest.raises(SystemExit, match=r"`model.optimizer` must be torch.optim.AdamW, .* got torch.optim.SGD; for"):
+        drpo("fit", "--trainer.max_epochs=3", "--ckpt_path=last", "--model.optimizer=torch.optim.SGD")
+    assert delta_in(folder / "config.yaml") == 0.2
+    assert "AdamW" in (folder / "config.yaml").read_text()
+
+
+def test_what_changes_on_the_way_is_said_and_kept(runs, tmp_path, caplog):
+    runs("fit", *ONE_ROLLOUT, "--ckpt_path=last")
+    caplog.clear()
+    changed = ("--model.objective.delta=12.5", "--model.optimizer.lr=0.5")
+    with caplog.at_level("INFO"):
+        printed = runs("fit", *TWO_ROLLOUTS, "--ckpt_path=last", *changed)
+    assert re.search(r"Going on from \S+\.ckpt, after 1 rollouts, 1 updates", caplog.text)
+    applied, ignored = (re.search(f"{start}.*", caplog.text)[0] for start in ("The run goes on with", "Not applied"))
+    assert applied.endswith("than it had: model.objective.init_args.delta: 0.2 -> 12.5")
+    assert "model.optimizer.init_args.lr: 0.00015 -> 0.5" in ignored
+    assert "exists and is not empty" not in printed
+    folder = tmp_path / "quickstart" / "version_0"
+    assert delta_in(folder / "config-until-1.yaml") == 0.2
+    assert delta_in(folder / "config.yaml") == 12.5
+    record = json.loads((folder / "policy" / "training.json").read_text())
+    assert record["updates"] == 2
+    assert record["changes"] == [{"from_update": 1, "settings": {"objective.delta": [0.2, 12.5]}}]
+    assert record["settings"]["optimizer"]["lr"] == 0.00015
+    caplog.clear()
+    runs("fit", *TWO_ROLLOUTS, "--trainer.max_epochs=3", "--ckpt_path=last", *changed)
+    assert "other settings" not in caplog.text
+    assert "Not applied: model.optimizer" in caplog.text
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["optimizer"]["init_args"]["lr"] == 0.00015
