@@ -12,6 +12,8 @@ from drpo_lightning.errors import SettingError
 GROUP_SIZE = 8
 NUM_UPDATES = 4
 MIN_PROMPTS = 64
+DATA = "prompts.jsonl"
+"""The file of the task `file`, where none is named."""
 MATH_SUFFIX = '"\\n\\nReason step by step, and put the final answer within \\\\boxed{}."'
 
 
@@ -173,7 +175,7 @@ model:
 
 
 def configuration(
-    *, model: str, task: str, gpus: int = 0, lora: bool = False, data: str = "prompts.jsonl", path: str = "config.yaml"
+    *, model: str, task: str, gpus: int = 0, lora: bool = False, data: str = DATA, path: str = "config.yaml"
 ) -> str:
     """The text of a configuration.
 
@@ -270,7 +272,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--task", required=True, choices=TASKS, help=tasks)
     parser.add_argument("--gpus", type=int, default=None, help="how many train; 0 for a CPU; by default those here")
     parser.add_argument("--lora", action="store_true", help="train adapters alone")
-    parser.add_argument("--data", default="prompts.jsonl", help="the file of `--task file`")
+    parser.add_argument("--data", help=f"the file of `--task file`, by default {DATA}")
     parser.add_argument("--out", type=Path, default=Path("config.yaml"))
     parser.add_argument("--force", action="store_true", help="overwrite the file")
     options = parser.parse_args(arguments)
@@ -289,10 +291,14 @@ def main(arguments: Sequence[str]) -> None:
             task=options.task,
             gpus=gpus,
             lora=options.lora,
-            data=options.data,
+            data=options.data or DATA,
             path=str(options.out),
         )
     except SettingError as error:
         parser.error(str(error))
     options.out.write_text(text, encoding="utf-8")
-    print(f"{options.out} is written. Read it, then: drpo fit --config {options.out}")  # noqa: T201
+    assumed = f" It takes its prompts from {DATA}, since there is no `--data`."
+    print(  # noqa: T201
+        f"{options.out} is written.{assumed if options.task == 'file' and options.data is None else ''} Read it, then: "
+        f"drpo fit --config {options.out}"
+    )

@@ -96,3 +96,11 @@ def test_the_command_says_which_folder_is_missing(capsys):
     with pytest.raises(SystemExit):
         init.main(["--model", "m", "--task", "math", "--gpus", "0", "--out", "nowhere/at/all.yaml"])
     assert "there is no folder 'nowhere/at'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_said"), [(["file"], True), (["file", "--data=my.jsonl"], False), (["arithmetic"], False)]
+)
+def test_a_file_that_is_assumed_is_said(tmp_path, capsys, arguments, is_said):
+    init.main(["--model", MODEL, "--gpus=0", "--out", str(tmp_path / "mine.yaml"), "--task", *arguments])
+    assert ("It takes its prompts from prompts.jsonl, since there is no `--data`" in capsys.readouterr().out) == is_said
