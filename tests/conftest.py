@@ -39,7 +39,7 @@ def own_modules_end_with_their_test(tmp_path_factory):
     """Forgets modules that were imported from a temporary folder: another test's may have the same name."""
     yield
     temporary = str(tmp_path_factory.getbasetemp())
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():
         if (getattr(module, "__file__", None) or "").startswith(temporary):
             del sys.modules[name]
 

@@ -112,7 +112,7 @@ class MismatchAndDrift(Callback, RolloutHooks):
     ) -> None:
         """Adds a micro-batch's tokens to mismatch or staleness, on each rank to both: they are collective."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not data.max_staleness:
+        if not getattr(data, "max_staleness", 0):  # another data module has none
             self.statistics["mismatch"].update(proximal, mu)
             return
         samples = (data.rollout.staleness > 0).to(mu.device)[batch.sample_ids]
