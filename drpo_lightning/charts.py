@@ -110,6 +110,8 @@ LAYOUT: Layout = {
         "sampled tokens per second": r"perf/tokens_per_second",
         "tokens per second of generation and updates": r"perf/(generate|update)_tokens_per_second",
         "share of the device's peak in the updates": r"perf/mfu",
+        "most tokens of a rank over their mean": r"perf/token_imbalance",
+        "share of padding in what is computed": r"perf/padding_fraction",
         "seconds": r"perf/(start|generate|sync|reward|update|iteration)_seconds",
         "rollout": r"rollout/number",
         "share of the time that the trainer waits for completions": r"perf/idle_fraction",

@@ -48,6 +48,11 @@ class RolloutStatistics(Callback, RolloutHooks):
         self._sampled = 0.0
         self._updated = 0.0
         self._waited_seconds = 0.0
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Begins to count updates."""
+        self._last_step = trainer.global_step
 
     def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Starts the clock of the iteration."""
@@ -73,16 +78,26 @@ class RolloutStatistics(Callback, RolloutHooks):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002
         """Logs the rollout that the first of its micro-batches comes from: the loader itself must not log."""
-        window = int(trainer.accumulate_grad_batches)
-        if batch_idx % window == 0 and trainer.global_step % log_interval(trainer) == 0:
-            self._metrics["rollout/updates_since_sync"] = batch_idx // window
         if self._metrics:
             log_metrics(trainer, pl_module, self._metrics)
             self._metrics = {}
 
-    def on_train_batch_end(self, *_: Any) -> None:  # noqa: ANN401
-        """Stops the clock of the updates: a validation may come before the end of the epoch."""
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401, ARG002
+        batch: Any,  # noqa: ANN401, ARG002
+        batch_idx: int,
+    ) -> None:
+        """Stops the clock of the updates: a validation may come before the end of the epoch. Counts them."""
         self._updated = time.perf_counter()
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        if self._last_step % log_interval(trainer) == 0:
+            updates = -(-(batch_idx + 1) // int(trainer.accumulate_grad_batches))
+            log_metrics(trainer, pl_module, {"rollout/updates_since_sync": updates})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the speed of the iteration."""

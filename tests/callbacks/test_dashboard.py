@@ -44,6 +44,7 @@ ELSEWHERE = [
     *(
         "reference/beyond_clamp_fraction",
         "optim/reference_penalty",
+        "perf/mfu",
         "engine/restarts",
         "engine/servers",
         "engine/retried_requests",

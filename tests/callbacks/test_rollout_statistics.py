@@ -173,7 +173,7 @@ def test_speed_is_logged_after_the_updates(make_run, make_memory, make_recorder)
         assert min(logger.values(f"perf/{name}_seconds")) > 0
     for name in ("perf/update_seconds", "perf/iteration_seconds", "perf/tokens_per_second"):
         assert logger.steps(name) == [2, 4]
-    assert logger.scalars["rollout/updates_since_sync"] == [(0, 0), (1, 1), (2, 0), (3, 1)]
+    assert logger.scalars["rollout/updates_since_sync"] == [(1, 1), (2, 2), (3, 1), (4, 2)]
     for i, rollout in enumerate(recorder.rollouts):
         update, iteration, speed = (
             logger.values(name)[i]
