@@ -115,6 +115,8 @@ LAYOUT: Layout = {
         "seconds": r"perf/(start|generate|sync|reward|update|iteration)_seconds",
         "rollout": r"rollout/number",
         "share of the time that the trainer waits for completions": r"perf/idle_fraction",
+    },
+    "Engine": {
         "weight syncs since the weights of the samples": r"rollout/staleness_(mean|max)",
         "updates since the weight sync": r"rollout/updates_since_sync",
         "restarts of the engine": r"engine/restarts",
