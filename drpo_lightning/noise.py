@@ -14,10 +14,10 @@ WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"`torch\.distributed\.reduce_op` is deprecated",
 )
-LINES = ("litlogger", "TPU available:", "HPU available:")
+LINES = ("litlogger", "TPU available:", "HPU available:", "was raised with message:")
 
 
-class _WithoutAdvertisements(logging.Filter):
+class _WithoutNoise(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return not any(line in record.getMessage() for line in LINES)
 
@@ -26,6 +26,6 @@ def quieten() -> None:
     """Leaves those lines out, here and in processes that are started from here; for use before heavy imports."""
     for pattern in WARNINGS:
         warnings.filterwarnings("ignore", pattern)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_WithoutAdvertisements())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_WithoutNoise())
     if not sys.stderr.isatty():  # in a log, a bar that is drawn anew is a line of a thousand characters
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -10,7 +10,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from drpo_lightning.callbacks.end_request import EndRequest
 from drpo_lightning.checkpoints import StreamedCheckpointIO, save_checkpoint
@@ -166,6 +166,8 @@ class PolicyCheckpoint(ModelCheckpoint, RolloutHooks):
             super().on_exception(trainer, pl_module, exception)
         except NonFiniteError as error:
             rank_zero_warn(str(error))
+        if path := self._last_checkpoint_saved:
+            rank_zero_info(f"The last checkpoint is {path}; the same command with `--ckpt_path last` goes on from it")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
         """Adds how far the logs are; states of callbacks are those of before an interrupted sampling."""

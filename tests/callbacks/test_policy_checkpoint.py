@@ -146,6 +146,7 @@ def test_an_interrupt_of_one_rank_ends_both_with_a_checkpoint(finished, tmp_path
                 os.killpg(run.pid, signal.SIGKILL)
             run.wait(timeout=30)
     assert "Traceback" not in log.read_text(), log.read_text()[-3000:]
+    assert log.read_text().count("with `--ckpt_path last` goes on from it") == 1, "one rank says so"
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert torch.load(last / "meta.pt", weights_only=True)["global_step"] >= 6
     read_checkpoint(last)
