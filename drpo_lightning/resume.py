@@ -88,13 +88,13 @@ def read_notes(checkpoint: str, *, weights_only: bool = True) -> dict[str, Any]:
 
     Args:
         checkpoint: see `checkpoint_to_resume`.
-        weights_only: whether a pickle that would run code is refused.
+        weights_only: whether the run will load it so; one that may run code is not read here.
     """
-    if checkpoint in SPECIAL or "://" in checkpoint:
+    if not weights_only or checkpoint in SPECIAL or "://" in checkpoint:
         return {}
     path = Path(checkpoint)
     file = path / "meta.pt" if path.is_dir() else path
-    notes: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=True)
+    notes: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     return notes
 
 
