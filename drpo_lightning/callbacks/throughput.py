@@ -45,7 +45,7 @@ def update_work(trainer: Trainer, pl_module: LightningModule, rollout: Rollout) 
         rollout: this rank's.
     """
     completions = torch.tensor([len(c.token_ids) for c in rollout.completions], dtype=torch.float64)
-    sequences = completions + torch.tensor([len(ids) for ids in rollout.prompt_ids], dtype=torch.float64)
+    sequences = torch.tensor(rollout.lengths, dtype=torch.float64)
     sums = torch.stack([sequences.sum(), completions.sum(), sequences.square().sum()]).to(pl_module.device)
     # `overfit_batches` trains on the first micro-batches of each rollout alone.
     micro_batches = trainer.datamodule.num_updates * trainer.accumulate_grad_batches  # type: ignore[attr-defined]

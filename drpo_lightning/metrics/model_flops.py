@@ -24,9 +24,10 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "B200": {"bfloat16": 2250, "float16": 2250, "tfloat32": 1125, "float32": 75},
     "MI300X": {"bfloat16": 1307.4, "float16": 1307.4, "tfloat32": 653.7, "float32": 163.4},
 }
-"""Matrix multiplications of dense matrices, in 10^12 operations per second, from the vendors' data sheets.
+"""Matrix multiplications of dense matrices, in 10^12 operations per second, as the vendors state them.
 
-Where a sheet gives the figure with sparsity it is halved. (Lightning's `get_available_flops` has the H200's and the
+Compare the figure of a GPU with its data sheet before you quote a utilization: not all of them have been. Where a sheet
+gives the figure with sparsity it is halved. (Lightning's `get_available_flops` has the H200's and the
 H100 NVL's doubled, takes an L40S for an L4, and does not know the name of an H200.)
 """
 
