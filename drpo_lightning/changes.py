@@ -29,7 +29,7 @@ def changes(before: Any, now: Any, name: str = "") -> Iterator[Change]:  # noqa:
         now: the same, of the continuation.
         name: what stands before the names of all settings.
     """
-    old, new = _byclass_name(before), _byclass_name(now)
+    old, new = _by_class_name(before), _by_class_name(now)
     if old == new:
         return
     if isinstance(old, dict) and isinstance(new, dict) and class_name(old) == class_name(new):
@@ -44,7 +44,7 @@ def class_name(value: Any) -> str | None:  # noqa: ANN401
     return value.get("class_path", value.get("class")) if isinstance(value, dict) else None
 
 
-def _byclass_name(value: Any) -> Any:  # noqa: ANN401
+def _by_class_name(value: Any) -> Any:  # noqa: ANN401
     """A list of objects as a dict, so that one more of them does not move the others; all else as it is."""
     if not isinstance(value, list) or not all(class_name(entry) for entry in value):
         return value
