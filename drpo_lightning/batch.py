@@ -109,6 +109,7 @@ class Rollout:
             reward says what an answer is.
         weights_version: number of the newest weights that the engine had when the rollout was complete: rollouts that
             they were trained on.
+        masks_truncated: True if completions that were cut off count in their groups, but are not trained on.
     """
 
     prompts: list[str]
@@ -127,6 +128,7 @@ class Rollout:
     reward_timeouts: dict[str, Bool[Tensor, " samples"]] = field(default_factory=dict)
     answers: list[str | None] | None = None
     weights_version: int = 0
+    masks_truncated: bool = False
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -158,9 +160,27 @@ class Rollout:
         return ~self.rewards.isnan()
 
     @property
+    def is_trained(self) -> Bool[Tensor, " samples"]:
+        """False on the samples that are dropped, or masked since they were cut off."""
+        if not self.masks_truncated:
+            return self.is_kept
+        return self.is_kept & torch.tensor([not completion.is_truncated for completion in self.completions])
+
+    @property
     def group_rewards(self) -> Float[Tensor, "groups samples"]:
         """Rewards, a row per prompt; NaN on dropped samples."""
         return self.rewards.view(-1, self.group_size)
+
+    @property
+    def has_equal_rewards(self) -> Bool[Tensor, " groups"]:
+        """True for prompts whose samples, without dropped ones, have one reward, and so no advantage."""
+        rewards = self.group_rewards
+        return rewards.nan_to_num(nan=torch.inf).amin(1) >= rewards.nan_to_num(nan=-torch.inf).amax(1)
+
+    @property
+    def has_signal(self) -> Bool[Tensor, " groups"]:
+        """True for prompts whose samples differ in their rewards, if any of them is trained on."""
+        return ~self.has_equal_rewards & self.is_trained.view(-1, self.group_size).any(1)
 
     @property
     def penalized_rewards(self) -> Float[Tensor, " samples"]:
@@ -178,12 +198,12 @@ class RolloutBatch:
     Args:
         input_ids: prompt and completion, padded on the right.
         attention_mask: True on prompt and completion, False on padding.
-        completion_mask: True on sampled tokens; nowhere in the row of a dropped sample.
+        completion_mask: True on sampled tokens; nowhere in the row of a dropped or masked sample.
         rollout_logprobs: log mu in nats, 0 outside the completions.
         advantages: A of each token, in units of reward, 0 outside the completions.
         num_update_tokens: completion tokens of the optimizer update, over all its micro-batches and ranks.
         num_update_sequences: sequences of the optimizer update, over all its micro-batches and ranks; like the tokens,
-            without dropped samples.
+            without dropped and masked samples.
         sample_ids: which sample of this rank's rollout each row is; -1 for the row of an empty micro-batch.
         proximal_logprobs: log pi_prox in nats, 0 outside the completions; None if no objective asks for it.
         topk_ids: the K most likely tokens under mu, 0 outside the completions; None if no objective asks for them.
@@ -229,14 +249,15 @@ class RolloutBatch:
     ) -> "RolloutBatch":
         """Pads the samples `rows` of a rollout to the longest of them.
 
-        The row of a dropped sample has no completion tokens: nothing is trained on it, and no statistic counts it. An
-        empty micro-batch has such a row too, of one token, since a network that is spread over ranks takes all of them.
+        The row of a dropped or masked sample has no completion tokens: nothing is trained on it, and no statistic
+        counts it. An empty micro-batch has such a row too, of one token, since a network that is spread over ranks
+        takes all of them.
 
         Args:
             rollout: the samples.
             rows: indices of the samples; may be empty.
             advantages: A of every sample of the rollout. None for a batch that is only scored: its advantages are 0,
-                and dropped samples are like the others.
+                and dropped and masked samples are like the others.
             pad_token_id: id that fills `input_ids`; it is never attended to.
             num_update_tokens: see the class.
             num_update_sequences: see the class.
@@ -264,12 +285,12 @@ class RolloutBatch:
             batch.topk_ids = torch.zeros(*shape, topk.shape[1], dtype=torch.long)
             batch.topk_logprobs = torch.zeros(*shape, topk.shape[1])
         batch.attention_mask[0, 0] = True  # of an empty micro-batch too
-        is_kept = rollout.is_kept.tolist()
+        is_trained = rollout.is_trained.tolist()
         for i, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
             completion = slice(len(rollout.prompt_ids[row]), len(sequence))
             batch.input_ids[i, : len(sequence)] = torch.tensor(sequence)
             batch.attention_mask[i, : len(sequence)] = True
-            if advantages is not None and not is_kept[row]:
+            if advantages is not None and not is_trained[row]:
                 continue
             batch.completion_mask[i, completion] = True
             batch.rollout_logprobs[i, completion] = torch.tensor(rollout.completions[row].logprobs)

@@ -105,6 +105,11 @@ LAYOUT: Layout = {
         "prompts left out for their length": r"data/overlong_prompts",
         "mean reward by data set": r"data/.+/reward_mean",
         "share of each data set": r"data/.+/fraction",
+        "replaced for lack of a signal, of the sampled prompts": r"dynamic_sampling/discarded_fraction",
+        "rounds of replacement": r"dynamic_sampling/rounds",
+        "mean reward of all that was sampled": r"dynamic_sampling/reward_mean",
+        "tokens of the replaced": r"dynamic_sampling/discarded_tokens",
+        "seconds of replacement": r"dynamic_sampling/seconds",
     },
     "Speed": {
         "sampled tokens per second": r"perf/tokens_per_second",

@@ -25,9 +25,9 @@ class RolloutStatistics(Callback, RolloutHooks):
     `group/zero_std_fraction` (prompts whose samples, without dropped ones, have equal rewards and so no gradient, but
     for that of a penalty); and of the iteration `perf/generate_seconds`, `perf/sync_seconds`, `perf/reward_seconds`,
     `perf/update_seconds`, `perf/iteration_seconds` (all but `perf/start_seconds`, which the engine takes to start where
-    it does), `perf/tokens_per_second` (sampled tokens over the whole iteration, all ranks), `perf/idle_fraction` (share
-    of the iteration in which the trainer waits for completions; where they are
-    sampled ahead, `perf/generate_seconds` is what is left to wait), `perf/generate_tokens_per_second` (sampled tokens
+    it does), `perf/tokens_per_second` (the completions' tokens over the whole iteration, all ranks),
+    `perf/idle_fraction` (share of the iteration in which the trainer waits for completions; where they are sampled
+    ahead, `perf/generate_seconds` is what is left to wait), `perf/generate_tokens_per_second` (sampled tokens
     over `perf/generate_seconds`, where they are not), `perf/update_tokens_per_second` (prompts and completions, without
     padding, over `perf/update_seconds`) and, for a dense transformer on a GPU whose peak is known, `perf/mfu` (model
     FLOPs utilization of the updates: see `ModelSize.training_flops` for what is counted, `PEAK_TFLOPS` for the peaks);
@@ -35,7 +35,11 @@ class RolloutStatistics(Callback, RolloutHooks):
     `drpo_lightning.datamodules.micro_batches.split_rollout`); how old the weights of the samples are:
     `rollout/staleness_mean`, `rollout/staleness_max` (weight syncs between the oldest weights that a completion was
     drawn with and the newest synced ones) and, at updates, `rollout/updates_since_sync` (updates on this rollout so
-    far); `engine/restarts`, how often so far an engine that had failed was started again, where one can be; and what an
+    far); where prompts without a signal are replaced (`data.dynamic_sampling_rounds`), of which all other figures know
+    nothing but the seconds, `dynamic_sampling/rounds`, `dynamic_sampling/discarded_fraction` (of the prompts that were
+    sampled), `dynamic_sampling/discarded_tokens`, `dynamic_sampling/seconds` (of the sampling and scoring of the
+    replacements) and `dynamic_sampling/reward_mean` (of all that was sampled: the prompts are not chosen by it);
+    `engine/restarts`, how often so far an engine that had failed was started again, where one can be; and what an
     engine says of itself: `VLLMServerEngine` has `engine/servers` (that have the newest weights), `engine/lost_servers`
     and `engine/retried_requests` (so far), as rank 0 sees them.
     """
@@ -67,8 +71,11 @@ class RolloutStatistics(Callback, RolloutHooks):
         self._started += phases.get("start", 0.0)
         self._waited_seconds = phases["generate"]
         self._metrics |= {f"perf/{name}_seconds": seconds for name, seconds in phases.items()}
+        resampled: dict[str, float] = trainer.datamodule.dynamic_sampling_statistics  # type: ignore[attr-defined]
+        self._metrics |= {f"dynamic_sampling/{name}": value for name, value in resampled.items()}
         if trainer.datamodule.max_staleness == 0:  # type: ignore[attr-defined]
-            self._metrics["perf/generate_tokens_per_second"] = self._tokens / phases["generate"]
+            sampled = self._tokens + resampled.get("discarded_tokens", 0.0)
+            self._metrics["perf/generate_tokens_per_second"] = sampled / phases["generate"]
         self._work = update_work(trainer, pl_module, rollout)
         engine: RolloutEngine = trainer.datamodule.engine  # type: ignore[attr-defined]
         if engine.max_restarts:
@@ -118,19 +125,19 @@ class RolloutStatistics(Callback, RolloutHooks):
 
 def rollout_metrics(trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> dict[str, float]:
     """Statistics of a rollout over all ranks; `tokens` is the number of sampled tokens. Collective."""
-    is_kept, groups = rollout.is_kept, rollout.group_rewards
+    is_kept = rollout.is_kept
     rewards = rollout.rewards.double()[is_kept]
     lengths = torch.tensor([len(completion.token_ids) for completion in rollout.completions], dtype=torch.float64)
     sums: dict[str, Any] = {
         "completions": len(rollout),
         "samples": len(rewards),
-        "groups": len(groups),
+        "groups": len(rollout) // rollout.group_size,
         "reward": rewards.sum(),
         "reward_squares": rewards.square().sum(),
         "tokens": lengths.sum(),
         "truncated": sum(completion.is_truncated for completion in rollout.completions),
         "staleness": rollout.staleness.sum(),
-        "equal_groups": sum(len(group[~group.isnan()].unique()) < 2 for group in groups),
+        "equal_groups": rollout.has_equal_rewards.sum(),
     }
     for name, scores in rollout.reward_parts.items():
         sums[f"{name}/sum"] = scores[is_kept].double().nansum()

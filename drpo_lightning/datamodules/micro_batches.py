@@ -97,7 +97,7 @@ class Split(NamedTuple):
         """Samples of each micro-batch of the rollout, the updates one after the other.
 
         Args:
-            positions: where this rank's prompts stand in the stream of prompts.
+            positions: this rank's prompts of the rollout among those of all rollouts.
             lengths: tokens of every sample, prompt and completion.
         """
         firsts = positions[:: prompts_per_block(self.group_size, self.num_updates)]
@@ -139,17 +139,17 @@ class Split(NamedTuple):
 
 
 def update_sizes(rollout: Rollout, micro_batches: Sequence[Sequence[int]], window: int) -> Float[Tensor, "updates 2"]:
-    """Completion tokens and sequences of each optimizer update, without dropped samples, in float64.
+    """Completion tokens and sequences of each optimizer update, without dropped and masked samples, in float64.
 
     Args:
         rollout: this rank's rollout.
         micro_batches: rows of each micro-batch, the updates one after the other; the last may be incomplete.
         window: micro-batches of an update.
     """
-    is_kept = rollout.is_kept.tolist()
-    kept = [[row for row in rows if is_kept[row]] for rows in micro_batches]
+    is_trained = rollout.is_trained.tolist()
+    trained = [[row for row in rows if is_trained[row]] for rows in micro_batches]
     sizes = torch.tensor(
-        [[sum(len(rollout.completions[row].token_ids) for row in rows), len(rows)] for rows in kept],
+        [[sum(len(rollout.completions[row].token_ids) for row in rows), len(rows)] for rows in trained],
         dtype=torch.float64,
     )
     return torch.stack([sizes[start : start + window].sum(0) for start in range(0, len(sizes), window)])
@@ -162,7 +162,7 @@ def split_rollout(
 
     Args:
         split: how.
-        positions: where this rank's prompts stand in the stream of prompts.
+        positions: this rank's prompts of the rollout among those of all rollouts.
         lengths: tokens of every sample of this rank, prompt and completion.
         strategy: Lightning's strategy.
         max_tokens: most tokens of a micro-batch that the network may have to compute; None sets no limit.

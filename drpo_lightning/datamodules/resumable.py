@@ -76,11 +76,17 @@ class ResumableRollouts(LightningDataModule):
             limits.append(math.ceil((self._trainer.max_steps - self._trainer.global_step) / updates))
         return max(min(limits), 1)
 
-    def _positions(self, iteration: int) -> range:
-        """Where this rank's prompts of a rollout stand in the stream of prompts."""
+    @property
+    def _places(self) -> range:
+        """Which of a rollout's prompts are this rank's."""
         per_rank = self.num_prompts // self._trainer.world_size
-        first = iteration * self.num_prompts + self._trainer.global_rank * per_rank
+        first = self._trainer.global_rank * per_rank
         return range(first, first + per_rank)
+
+    def _positions(self, iteration: int) -> range:
+        """This rank's prompts of a rollout among those of all rollouts."""
+        first = iteration * self.num_prompts
+        return range(first + self._places.start, first + self._places.stop)
 
     def _begin_schedule(
         self, rows: list[dict[str, Any]], *, weights: Mapping[str, float], curriculum: PassRateCurriculum | None
@@ -108,19 +114,13 @@ class ResumableRollouts(LightningDataModule):
         assert self.schedule is not None, "setup comes first"
         return self.schedule
 
-    def _note_pass_rates(self, rollout: Rollout) -> None:
-        """Tells the curriculum of a rollout's rewards. Collective over ranks, where there is a curriculum."""
-        if self._schedule.curriculum is not None:
-            samples = list(zip(rollout.prompt_numbers, rollout.rewards.tolist(), strict=True))
-            self._schedule.add(self.iteration, [sample for part in self._of_all_ranks(samples) for sample in part])
-
     def upcoming_prompt_ids(self, num_prompts: int) -> list[list[int]]:
         """Token ids of the first prompts of this rank's next rollout."""
-        numbers = self._schedule.row_numbers(self._positions(self.iteration)[:num_prompts])
+        numbers = self._schedule.row_numbers(self.iteration, self._places[:num_prompts])
         return [self._schedule.rows[number]["prompt_ids"] for number in numbers]
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, each rank's rollout in use with the updates done on it, curriculum, random states. Collective.
+        """Iteration, each rank's rollout in use with the updates done on it, prompts, random states. Collective.
 
         A checkpoint in the middle of an update is one of before it: the update is begun again. One in the middle of a
         rollout is one of before it. Of rollouts that are sampled ahead it holds the prompts with all their samples.
@@ -139,7 +139,7 @@ class ResumableRollouts(LightningDataModule):
             "accumulate_grad_batches": window,
             "split": self._split,
             "rollouts": rollouts,
-            "curriculum": self.schedule.state_dict(self._num_made) if self.schedule else {},
+            "schedule": self.schedule.state_dict(self._num_made) if self.schedule else {},
             "random": self._of_all_ranks(self._random_state(is_update_begun=self._position > updates * window)),
             **({"queue": self._queued(self._queue)} if self._queue else {}),
         }
@@ -160,7 +160,7 @@ class ResumableRollouts(LightningDataModule):
         self.iteration = self._num_made = state_dict["iteration"]
         self.is_sampling = False
         if self.schedule is not None:
-            self.schedule.load_state_dict(state_dict.get("curriculum", {}), self._num_made)
+            self.schedule.load_state_dict(state_dict["schedule"], self._num_made)
         if self._queue is not None:
             queued = state_dict.get("queue", {}).items()
             self._queue.load_state_dict(

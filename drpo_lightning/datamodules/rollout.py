@@ -1,7 +1,7 @@
 """The DataModule whose data are rollouts: sampled by the engine with the current weights, scored, and split."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from drpo_lightning.batch import Completion, Rollout, RolloutBatch, Sampling, ValidationBatch
 from drpo_lightning.datamodules.curriculum import PassRateCurriculum
+from drpo_lightning.datamodules.dynamic_sampling import replace_groups
 from drpo_lightning.datamodules.loaders import BatchLoader
 from drpo_lightning.datamodules.micro_batches import Split, check_batch_sizes, split_rollout, update_sizes
 from drpo_lightning.datamodules.prompt_encoder import PromptEncoder, PromptFormat
@@ -68,6 +69,11 @@ class RolloutDataModule(ResumableRollouts):
         max_staleness: how many rollouts are sampled ahead, while others are trained on: the most weight syncs between
             the weights that a sample is begun with and the newest ones when it is trained on. 0 samples and trains one
             after the other. More needs a `VLLMEngine` in a process of its own.
+        dynamic_sampling_rounds: how often prompts whose samples have equal rewards, and so no gradient, are replaced by
+            the next ones of the stream before the rollout is trained on (DAPO's dynamic sampling); what has no signal
+            after that stays. 0 replaces none. `trainer.overfit_batches` takes its prompts all the same.
+        mask_truncated_completions: leaves completions that were cut off out of the loss; their rewards still count in
+            the mean of their group. (A softer penalty is `OverlongReward`.)
         in_flight: what becomes of unfinished samples at a weight sync: `continue` draws their next tokens with the new
             weights, `drop` throws away what they have and begins them anew. Without meaning if `max_staleness` is 0.
         seed: of the order of prompts, of the split into micro-batches, and of seeded requests.
@@ -100,6 +106,8 @@ class RolloutDataModule(ResumableRollouts):
         curriculum: PassRateCurriculum | None = None,
         max_staleness: int = 0,
         in_flight: InFlight = "continue",
+        dynamic_sampling_rounds: int = 0,
+        mask_truncated_completions: bool = False,
         seed: int = 0,
         seeded_requests: bool | None = None,
         trust_remote_code: bool = False,
@@ -118,7 +126,9 @@ class RolloutDataModule(ResumableRollouts):
         ):
             if value < 1:
                 raise ValueError(f"`data.{name}` must be at least 1, got {value}")
-        check_max_staleness(max_staleness, curriculum)
+        if dynamic_sampling_rounds < 0:
+            raise ValueError(f"`data.dynamic_sampling_rounds` must be 0 or positive, got {dynamic_sampling_rounds}")
+        check_max_staleness(max_staleness, curriculum=curriculum, dynamic_sampling_rounds=dynamic_sampling_rounds)
         self.engine = engine
         self.prompts = prompts
         self.model_name = os.path.expanduser(model)
@@ -139,6 +149,10 @@ class RolloutDataModule(ResumableRollouts):
         self.trust_remote_code = trust_remote_code
 
         self.max_staleness = max_staleness
+        self.dynamic_sampling_rounds = dynamic_sampling_rounds
+        self.mask_truncated_completions = mask_truncated_completions
+        self.dynamic_sampling_statistics: dict[str, float] = {}
+        """What it took to replace prompts without a signal in the last rollout, see `replace_groups`."""
         self.split_statistics: dict[str, float] = {}
         """What is lost by the way that the rollout in use is split, see `split_rollout`."""
         self._served: RolloutBatch | None = None
@@ -298,7 +312,7 @@ class RolloutDataModule(ResumableRollouts):
             self.next_rollout()
         assert self.rollout is not None
         if resumed:
-            self._penalize(self.rollout)
+            self._apply_settings(self.rollout)
         batches = self.micro_batches(self.rollout, self._num_trained_batches)
         window = int(self._trainer.accumulate_grad_batches)
         while self._position < len(batches):
@@ -336,16 +350,14 @@ class RolloutDataModule(ResumableRollouts):
         if self._queue is not None:
             self._queue.fill(self.iteration, self._num_rollouts_left)
             collect = partial(self._queue.collect, self.iteration)
-        positions = self._positions(self.iteration)
-        numbers = self._schedule.row_numbers(positions)
-        # Of the place in the stream of prompts: a prompt that comes twice gets other samples the second time.
-        settings = (self._seeds(positions), self.sampling, self.group_size, self._num_topk)
-        rollout = self._sample(self._schedule.rows, numbers, *settings, collect)
+        # Of the number of the prompt, not its row: one that comes twice gets other samples the second time.
+        rollout = self._sample_places(self._places, self._seeds(self._positions(self.iteration)), collect)
+        rollout = self._replace_groups(rollout)
         rollout.weights_version = self.iteration
         self._sampler.engine.sleep()
         if isinstance(module, RolloutPolicy):
             self._score(rollout, module)
-        self._note_pass_rates(rollout)
+        self._apply_settings(rollout)
         self.is_sampling = False
         self.iteration += 1
         self.rollout, self._position = rollout, 0
@@ -353,10 +365,44 @@ class RolloutDataModule(ResumableRollouts):
             hook.on_rollout_end(self._trainer, module, rollout)
         self._num_made = self.iteration
 
+    def _sample_places(
+        self,
+        places: Sequence[int],
+        seeds: list[int] | None,
+        collect: Callable[[], list[list[Completion]]] | None = None,
+    ) -> Rollout:
+        """Samples and scores the prompts at some places of the rollout to come."""
+        numbers = self._schedule.row_numbers(self.iteration, places)
+        settings = (self.sampling, self.group_size, self._num_topk)
+        rollout = self._sample(self._schedule.rows, numbers, seeds, *settings, collect)
+        rollout.masks_truncated = self.mask_truncated_completions
+        return rollout
+
+    def _replace_groups(self, rollout: Rollout) -> Rollout:
+        """Replaces prompts without a signal as far as the settings say, and notes how all have gone. Collective."""
+        max_rounds = 0 if self._trainer.overfit_batches else self.dynamic_sampling_rounds
+        if not max_rounds and self._schedule.curriculum is None:
+            return rollout
+
+        def sample(places: Sequence[int]) -> Rollout:
+            return self._sample_places(places, self._seeds(repeat("replacement"), repeat(self.iteration), places))
+
+        outcome = replace_groups(
+            rollout,
+            sample,
+            num_prompts=self.num_prompts,
+            max_rounds=max_rounds,
+            rank=self._trainer.global_rank,
+            of_all_ranks=self._of_all_ranks,
+        )
+        self._schedule.add(self.iteration, outcome.samples, num_taken=outcome.num_taken)
+        self.dynamic_sampling_statistics = outcome.statistics if max_rounds else {}
+        return outcome.rollout
+
     def _requests(self, iteration: int) -> list[Request]:
         """What this rank asks the engine for where it is asked before a rollout's turn."""
         positions = self._positions(iteration)
-        rows = [self._schedule.rows[number] for number in self._schedule.row_numbers(positions)]
+        rows = [self._schedule.rows[number] for number in self._schedule.row_numbers(iteration, self._places)]
         seeds: Iterable[int | None] = self._seeds(positions) or repeat(None, len(rows))
         settings = (self.sampling, self.group_size, self.encoder.stop_token_ids)
         return [
@@ -385,10 +431,10 @@ class RolloutDataModule(ResumableRollouts):
             rollout.proximal_logprobs = score()
         if policy.needs_reference_logprobs:
             rollout.reference_logprobs = score(by_reference=True)
-        self._penalize(rollout)
 
-    def _penalize(self, rollout: Rollout) -> None:
-        """Notes what the reference takes off the rewards, by the settings of now, also of a rollout of a checkpoint."""
+    def _apply_settings(self, rollout: Rollout) -> None:
+        """Notes what the settings of now make of a rollout, which may come from a checkpoint."""
+        rollout.masks_truncated = self.mask_truncated_completions
         policy = self._trainer.lightning_module
         is_scored = isinstance(policy, RolloutPolicy) and rollout.reference_logprobs is not None
         rollout.reference_penalties = policy.reference_penalties(rollout) if is_scored else None

@@ -11,7 +11,7 @@ from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout.engine import EngineError, InFlight, Request, RolloutEngine
 
 QueueState = dict[int, dict[str, Any]]
-"""Requests and completions of prompts, by their places in the stream of prompts, as plain values and tensors."""
+"""Requests and completions of prompts, by their numbers among those of all rollouts, as plain values and tensors."""
 
 
 class _Group(NamedTuple):
@@ -34,8 +34,8 @@ class RolloutQueue:
         engine: samples ahead.
         max_staleness: most weight syncs from the one before a sample is begun to the one before it is trained on.
         in_flight: what becomes of unfinished requests at a weight sync, see `RolloutEngine.sample_ahead`.
-        make_requests: this rank's requests of a rollout, by its number from 0. Their numbers are the places of the
-            prompts in the stream of prompts.
+        make_requests: this rank's requests of a rollout, by its number from 0. Their numbers are those of the
+            prompts among the prompts of all rollouts.
 
     Raises:
         ValueError: if `max_staleness` is not positive, or `in_flight` is unknown.
@@ -107,10 +107,10 @@ class RolloutQueue:
         self._under_way = {}
 
     def state_dict(self, first: int, *, is_idle: bool) -> QueueState:
-        """What has finished, from a place in the stream of prompts on.
+        """What has finished, from a prompt on.
 
         Args:
-            first: the place.
+            first: its number among the prompts of all rollouts.
             is_idle: whether nobody waits for the engine, so that it may be asked what has finished lately.
         """
         if is_idle and self._engine.is_started:
@@ -139,12 +139,15 @@ def _staleness(group: _Group, iteration: int) -> int:
     return max(0 if version is None else iteration - version for version in versions)
 
 
-def check_max_staleness(max_staleness: int, curriculum: PassRateCurriculum | None) -> None:
+def check_max_staleness(
+    max_staleness: int, *, curriculum: PassRateCurriculum | None, dynamic_sampling_rounds: int
+) -> None:
     """Raises `ValueError` if rollouts cannot be sampled so far ahead."""
     if max_staleness < 0:
         raise ValueError(f"`data.max_staleness` must be 0 or positive, got {max_staleness}")
-    if max_staleness and curriculum is not None:
+    if max_staleness and (curriculum is not None or dynamic_sampling_rounds):
+        name = "dynamic_sampling_rounds" if curriculum is None else "curriculum"
         raise SettingError(
-            "`data.max_staleness` must be 0 with `data.curriculum`, which chooses a rollout's prompts by the rewards "
-            f"of all before it, got {max_staleness}; leave one of them out"
+            f"`data.max_staleness` must be 0 with `data.{name}`, by which a rollout's prompts depend on the rewards "
+            f"of those before, got {max_staleness}; leave one of them out"
         )

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor, cat
-
 from drpo_lightning.batch import Completion, Rollout
+from drpo_lightning.datamodules.rollout_parts import joined, selected
 from drpo_lightning.errors import SettingError
 
 RolloutState = dict[str, Any]
@@ -34,9 +33,9 @@ def dealt_out(states: Sequence[RolloutState], *, rank: int, num_ranks: int) -> R
     """
     if len(states) == num_ranks:
         return states[rank]
-    whole = _joined(states)
+    whole = joined(states)
     samples = len(whole["completions"]) // num_ranks
-    return dict(_part(whole, slice(rank * samples, (rank + 1) * samples)))
+    return dict(selected(whole, range(rank * samples, (rank + 1) * samples)))
 
 
 def check_same_split(saved: Mapping[str, int], present: Mapping[str, int]) -> None:
@@ -47,24 +46,3 @@ def check_same_split(saved: Mapping[str, int], present: Mapping[str, int]) -> No
                 f"`data.{name}` must be {value}, got {present[name]}: the checkpoint is in the middle of a rollout, "
                 "which was split by it. Resume with that, or from a checkpoint between two rollouts"
             )
-
-
-def _joined(values: Sequence[Any]) -> Any:  # noqa: ANN401
-    """Values of a field on all ranks as one: what has an entry per sample is put end to end."""
-    first = values[0]
-    if isinstance(first, Tensor):
-        return cat(list(values))
-    if isinstance(first, list):
-        return [entry for value in values for entry in value]
-    if isinstance(first, dict):
-        return {name: _joined([value[name] for value in values]) for name in first}
-    return first
-
-
-def _part(value: Any, samples: slice) -> Any:  # noqa: ANN401
-    """Some samples of a field's value."""
-    if isinstance(value, Tensor | list):
-        return value[samples]
-    if isinstance(value, dict):
-        return {name: _part(entry, samples) for name, entry in value.items()}
-    return value

@@ -43,11 +43,11 @@ class RolloutSampler:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Takes the time of a phase, for `phase_seconds` and for Lightning's profiler."""
+        """Adds to the time of a phase, for `phase_seconds` and for Lightning's profiler."""
         started = time.perf_counter()
         with self._profiler.profile(f"[RolloutDataModule]{name}"):
             yield
-        self.phase_seconds[name] = time.perf_counter() - started
+        self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + time.perf_counter() - started
 
     def make_ready(self, trainer: Any) -> None:  # noqa: ANN401
         """Starts the engine, or wakes it."""
@@ -55,7 +55,7 @@ class RolloutSampler:
         self._on_any_rank = partial(trainer.strategy.reduce_boolean_decision, all=False)
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.empty_cache()  # what the last update's activations took is the engine's now
-        self.phase_seconds.pop("start", None)
+        self.phase_seconds = {}
         if self.engine.is_started:
             self.engine.wake()
             return

@@ -45,7 +45,7 @@ def test_the_state_between_rollouts_holds_no_rollout(make_run, tmp_path):
     split = {"num_prompts": 4, "group_size": 4, "num_updates": 2, "seed": 0}
     assert len(state.pop("random")) == 1
     counts = {"iteration": 2, "updates": 2, "accumulate_grad_batches": 1}
-    assert state == {**counts, "split": split, "rollouts": [], "curriculum": {}}
+    assert state == {**counts, "split": split, "rollouts": [], "schedule": {"position": 8}}
     fresh = make_run()
     fresh.data.trainer = fresh.trainer
     fresh.data.load_state_dict({**state, "random": run.data.state_dict()["random"]})

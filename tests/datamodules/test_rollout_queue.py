@@ -294,8 +294,12 @@ def test_an_exception_closes_the_engine_with_requests_in_flight(make_run, make_r
             {"max_staleness": 1, "curriculum": PassRateCurriculum()},
             r"`data\.max_staleness` must be 0 with `data\.curriculum`.*leave one of them out",
         ),
+        (
+            {"max_staleness": 1, "dynamic_sampling_rounds": 1},
+            r"`data\.max_staleness` must be 0 with `data\.dynamic_sampling_rounds`.*leave one of them out",
+        ),
     ],
-    ids=["negative", "in_flight", "curriculum"],
+    ids=["negative", "in_flight", "curriculum", "dynamic_sampling_rounds"],
 )
 def test_settings_that_cannot_work_are_refused(make_run, data, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Trains with a mixture and a curriculum; see test_prompt_ranks.py.
+"""Trains with a mixture, a curriculum and dynamic sampling; see test_prompt_ranks.py.
 
 python -m torch.distributed.run --nproc-per-node=N tests/reliability/prompt_ranks.py FOLDER NAME [CHECKPOINT]. Rank 0
 writes the prompts of every rollout, over all ranks, the curriculum's state and the logged figures to FOLDER/NAME.pt,
@@ -28,12 +28,15 @@ class Watch(Callback, RolloutHooks):
         self.path = path
         self.prompts = []
         self.figures = []
+        self.dynamic_sampling = []
 
     def on_rollout_end(self, trainer, pl_module, rollout):
         parts = [rollout.prompt_numbers]
         if trainer.world_size > 1:
             parts = [None] * trainer.world_size
             torch.distributed.all_gather_object(parts, rollout.prompt_numbers)
+        figures = trainer.datamodule.dynamic_sampling_statistics
+        self.dynamic_sampling.append({name: value for name, value in figures.items() if name != "seconds"})
         self.prompts.append([number for part in parts for number in part])
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -43,8 +46,8 @@ class Watch(Callback, RolloutHooks):
 
 
 def scattered_reward(completion_ids, **_):
-    """0, 0.25, ..., 1: the samples of a prompt differ, whatever the model has learned."""
-    return [sum(i * token for i, token in enumerate(ids, start=1)) % 5 / 4 for ids in completion_ids]
+    """0, 0.5 or 1: the samples of most prompts differ, whatever the model has learned."""
+    return [sum(i * token for i, token in enumerate(ids, start=1)) % 3 / 2 for ids in completion_ids]
 
 
 def main(folder, name, checkpoint=None):
@@ -75,13 +78,13 @@ def main(folder, name, checkpoint=None):
         num_updates=2,
         sampling=Sampling(max_tokens=4, temperature=1.5),
         curriculum=PassRateCurriculum(max_rate=0.25, num_samples=4, pass_threshold=0.5, max_skips=2),
+        dynamic_sampling_rounds=2,
     )
     trainer.fit(module, data, ckpt_path=None if checkpoint is None else folder / checkpoint)
-    curriculum = data.state_dict()["curriculum"]
+    schedule = data.state_dict()["schedule"]
     if trainer.is_global_zero:
-        torch.save(
-            {"prompts": watch.prompts, "figures": watch.figures, "curriculum": curriculum}, folder / f"{name}.pt"
-        )
+        seen = {"prompts": watch.prompts, "figures": watch.figures, "dynamic_sampling": watch.dynamic_sampling}
+        torch.save({**seen, "schedule": schedule}, folder / f"{name}.pt")
 
 
 if __name__ == "__main__":

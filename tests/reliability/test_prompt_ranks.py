@@ -1,4 +1,4 @@
-"""A mixture with a curriculum takes the same prompts on any number of ranks, also after a checkpoint of another."""
+"""A mixture with a curriculum and dynamic sampling takes the same prompts on any ranks, also after a checkpoint."""
 
 import os
 import socket
@@ -29,9 +29,11 @@ def test_the_prompts_do_not_depend_on_the_ranks(tmp_path):
     one = launch(tmp_path, 1, "one")
     two = launch(tmp_path, 2, "two")
     assert one["prompts"] == two["prompts"]
-    assert one["curriculum"] == two["curriculum"]
-    assert one["curriculum"]["position"] > 24  # some were left out
+    assert one["schedule"] == two["schedule"]
+    assert one["schedule"]["position"] > 24  # some were left out
     assert one["figures"] == two["figures"]
+    assert one["dynamic_sampling"] == two["dynamic_sampling"]
+    assert sum(figures["rounds"] for figures in one["dynamic_sampling"]) > 1
     resumed = launch(tmp_path, 1, "resumed", "two.ckpt")
     assert resumed["prompts"] == one["prompts"][3:]
-    assert resumed["curriculum"] == one["curriculum"]
+    assert resumed["schedule"] == one["schedule"]
