@@ -5,6 +5,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -248,9 +249,17 @@ class _MetadataUnpickler(pickle.Unpickler):
         """The classes of a checkpoint's metadata, and torch's data types."""
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
+        if (module, name) == ("builtins", "getattr"):  # so Python 3.11.2, of Debian 12, pickles enumerations
+            return _enum_member
         if f"{module}.{name}" not in self.CLASSES:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
+
+
+def _enum_member(enumeration: object, name: str) -> Enum:
+    if not (isinstance(enumeration, type) and issubclass(enumeration, Enum)):
+        raise pickle.UnpicklingError(f"it asks for {name!r} of {enumeration!r}")
+    return enumeration[name]
 
 
 def export_checkpoint(

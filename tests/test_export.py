@@ -1,5 +1,6 @@
 """A checkpoint becomes a folder that transformers loads, or an error that names the file."""
 
+import io
 import os
 import pickle
 import warnings
@@ -7,11 +8,19 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM
 
 from drpo_lightning.checkpoints import _checksum, _write_checksums
-from drpo_lightning.export import check_exported, export_checkpoint, main, read_checkpoint, write_model
+from drpo_lightning.export import (
+    _MetadataUnpickler,
+    check_exported,
+    export_checkpoint,
+    main,
+    read_checkpoint,
+    write_model,
+)
 from drpo_lightning.rollout.adapters import write_adapter
 
 
@@ -122,6 +131,27 @@ def test_shards_of_no_policy_are_named(shards, tmp_path):
 class Command:
     def __reduce__(self):
         return os.mkdir, ("run",)
+
+
+class Member:
+    """Pickled as Python 3.11.2 pickles the members of enumerations."""
+
+    def __init__(self, owner, name):
+        self.owner = owner
+        self.name = name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_metadata_may_name_members_of_enumerations_and_no_other_attributes():
+    member, method = (
+        io.BytesIO(pickle.dumps(Member(*of)))
+        for of in ((_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT"), (Metadata, "__init__"))
+    )
+    assert _MetadataUnpickler(member).load() is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+    with pytest.raises(pickle.UnpicklingError, match="it asks for '__init__' of <class"):
+        _MetadataUnpickler(method).load()
 
 
 def test_metadata_that_brings_a_command_is_refused(shards, tmp_path, monkeypatch):

@@ -86,7 +86,8 @@ def test_the_shards_of_two_ranks_are_exported_as_the_run_itself_has_exported(fin
 def single_rank():
     """FSDP2 on one rank, in this process."""
     yield ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1, process_group_backend="gloo")
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def test_one_rank_goes_on_and_leaves_no_shards_of_two(finished, make_run, make_recorder, single_rank, tmp_path):
