@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
 from drpo_lightning.batch import Sampling
-from drpo_lightning.callbacks import Divergence, MaskStatistics, PolicyShift
+from drpo_lightning.callbacks import Divergence, FunctionReward, MaskStatistics, PolicyShift
 from drpo_lightning.export import export_checkpoint
 from drpo_lightning.modules import LoRA
 from drpo_lightning.objectives import DPPO
@@ -186,6 +186,27 @@ def test_adapters_are_trained(make_run, name):
     run = make_run(trainer=settings, module={"peft": LoRA(r=4)})
     run.fit()
     assert run.trainer.global_step == 2
+
+
+@pytest.mark.parametrize("name", ["single", "fsdp2"])
+def test_a_run_whose_optimizer_leaves_the_gpu_meanwhile_is_the_same(make_run, name):
+    taken, weights = [], []
+
+    def watching(completion_ids, **_):
+        taken.append(torch.cuda.memory_allocated())
+        return [sum(i * token for i, token in enumerate(ids, start=1)) % 5 / 4 for ids in completion_ids]
+
+    for is_offloaded in (True, False):
+        run = make_run(
+            trainer={"accelerator": "gpu", "strategy": strategy(name), "max_epochs": 3},
+            data={"offload_optimizer": is_offloaded, "seeded_requests": True},
+            rewards=[FunctionReward(watching, name="watching")],
+        )
+        run.fit()
+        weights.append(torch.cat([tensor.flatten().cpu() for _, tensor in run.module.named_weights()]))
+    moments = 2 * 4 * weights[0].numel()
+    assert taken[1] + moments / 2 < taken[4]  # the second rollout with it, without it
+    torch.testing.assert_close(weights[0], weights[1])
 
 
 def test_float16_is_refused_under_fsdp2(make_run):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import repeat
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from drpo_lightning.datamodules.curriculum import PassRateCurriculum
 from drpo_lightning.datamodules.dynamic_sampling import replace_groups
 from drpo_lightning.datamodules.loaders import BatchLoader
 from drpo_lightning.datamodules.micro_batches import Split, check_batch_sizes, split_rollout, update_sizes
+from drpo_lightning.datamodules.optimizer_offload import OptimizerOffload
 from drpo_lightning.datamodules.prompt_encoder import PromptEncoder, PromptFormat
 from drpo_lightning.datamodules.prompt_lengths import OverlongPolicy, without_overlong
 from drpo_lightning.datamodules.prompts import PromptSource
@@ -76,6 +78,8 @@ class RolloutDataModule(ResumableRollouts):
             the mean of their group. (A softer penalty is `OverlongReward`.)
         in_flight: what becomes of unfinished samples at a weight sync: `continue` draws their next tokens with the new
             weights, `drop` throws away what they have and begins them anew. Without meaning if `max_staleness` is 0.
+        offload_optimizer: keeps the optimizer's state in the host's memory while the engine samples: for a GPU that an
+            engine which sleeps between rollouts shares with the training.
         seed: of the order of prompts, of the split into micro-batches, and of seeded requests.
         seeded_requests: gives every prompt a seed made of `seed`, the rollout and the prompt, so that a run can be
             repeated exactly. By default on a CPU only: on a GPU it slows vLLM down.
@@ -108,6 +112,7 @@ class RolloutDataModule(ResumableRollouts):
         in_flight: InFlight = "continue",
         dynamic_sampling_rounds: int = 0,
         mask_truncated_completions: bool = False,
+        offload_optimizer: bool = False,
         seed: int = 0,
         seeded_requests: bool | None = None,
         trust_remote_code: bool = False,
@@ -151,6 +156,7 @@ class RolloutDataModule(ResumableRollouts):
         self.max_staleness = max_staleness
         self.dynamic_sampling_rounds = dynamic_sampling_rounds
         self.mask_truncated_completions = mask_truncated_completions
+        self.offload_optimizer = offload_optimizer
         self.dynamic_sampling_statistics: dict[str, float] = {}
         """What it took to replace prompts without a signal in the last rollout, see `replace_groups`."""
         self.split_statistics: dict[str, float] = {}
@@ -159,6 +165,7 @@ class RolloutDataModule(ResumableRollouts):
         self._limit_val_batches: int | float | None = None
         self._val_rows: list[dict[str, Any]] = []
         self._encoder: PromptEncoder | None = None
+        self._offload = OptimizerOffload()
         self._sampler = RolloutSampler(engine, self.model_name, seed=seed, trust_remote_code=trust_remote_code)
         if max_staleness:
             self._queue = RolloutQueue(
@@ -282,6 +289,15 @@ class RolloutDataModule(ResumableRollouts):
             for hook in self._hooks:
                 hook.on_engine_refresh(self._trainer, self._trainer.lightning_module, self._sampler.engine)
 
+    @contextmanager
+    def _engine_awake(self) -> Iterator[None]:
+        """Gives the engine the newest weights, and the memory that the training can do without meanwhile."""
+        optimizers = self._trainer.optimizers if self.offload_optimizer else ()
+        with self._offload.offloaded(optimizers, self._trainer.strategy.root_device):
+            self.refresh_engine()
+            yield
+            self._sampler.engine.sleep()
+
     @property
     def phase_seconds(self) -> dict[str, float]:
         """Seconds of the last rollout: `sync`, `generate`, `reward`, and `start` if the engine was started for it."""
@@ -345,16 +361,15 @@ class RolloutDataModule(ResumableRollouts):
         for hook in self._hooks:
             hook.on_rollout_start(self._trainer, module)
         self._sampler.engine.weights_version = self.iteration  # a validation's, in between, count as those before
-        self.refresh_engine()
-        collect = None
-        if self._queue is not None:
-            self._queue.fill(self.iteration, self._num_rollouts_left)
-            collect = partial(self._queue.collect, self.iteration)
-        # Of the number of the prompt, not its row: one that comes twice gets other samples the second time.
-        rollout = self._sample_places(self._places, self._seeds(self._positions(self.iteration)), collect)
-        rollout = self._replace_groups(rollout)
+        with self._engine_awake():
+            collect = None
+            if self._queue is not None:
+                self._queue.fill(self.iteration, self._num_rollouts_left)
+                collect = partial(self._queue.collect, self.iteration)
+            # Of the number of the prompt, not its row: one that comes twice gets other samples the second time.
+            rollout = self._sample_places(self._places, self._seeds(self._positions(self.iteration)), collect)
+            rollout = self._replace_groups(rollout)
         rollout.weights_version = self.iteration
-        self._sampler.engine.sleep()
         if isinstance(module, RolloutPolicy):
             self._score(rollout, module)
         self._apply_settings(rollout)
@@ -441,12 +456,10 @@ class RolloutDataModule(ResumableRollouts):
 
     def validation_rollout(self) -> Rollout:
         """Samples and scores this rank's validation prompts with the current weights."""
-        self.refresh_engine()
         numbers = list(range(self._trainer.global_rank, len(self._val_rows), self._trainer.world_size))
         seeds = self._seeds(repeat("validation"), numbers)
-        rollout = self._sample(self._val_rows, numbers, seeds, self.val_sampling, self.val_num_samples)
-        self._sampler.engine.sleep()
-        return rollout
+        with self._engine_awake():
+            return self._sample(self._val_rows, numbers, seeds, self.val_sampling, self.val_num_samples)
 
     def _sample(
         self,

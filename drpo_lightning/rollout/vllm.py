@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from drpo_lightning.batch import Completion, Sampling
@@ -208,6 +209,7 @@ class VLLMEngine(RolloutEngine):
             llm_kwargs["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
         if not self._on_cpu and self.sleep_mode != "never":
             llm_kwargs["enable_sleep_mode"] = True
+            _warn_of_expandable_segments()
         return llm_kwargs
 
     def _call(self, method: str, timeout_seconds: float, *args: Any) -> Any:  # noqa: ANN401
@@ -295,6 +297,16 @@ def adapter_kwargs(rank: int | None) -> dict[str, Any]:
         )
     room = next(allowed for allowed in ADAPTER_RANKS if allowed >= rank)
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+
+
+def _warn_of_expandable_segments() -> None:
+    """Warns of a setting of PyTorch's allocator with which vLLM's sleep frees nothing, or that vLLM refuses."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:true" in os.environ.get(name, "").replace(" ", "").lower():
+            rank_zero_warn(
+                f"`{name}` has expandable_segments:True, with which vLLM's sleep mode does not free its memory; leave "
+                "it out, or set `sleep: never`"
+            )
 
 
 def _environment_of_engine(device: torch.device, *, own_process: bool) -> dict[str, str]:

@@ -153,6 +153,19 @@ def test_vllm_in_the_trainers_process_cannot_be_restarted():
     assert VLLMEngine(process="own").max_restarts == 3
 
 
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_sleep_with_expandable_segments_is_warned_of(monkeypatch, name):
+    engine, waking = VLLMEngine(), VLLMEngine(sleep="never")
+    engine._on_cpu = waking._on_cpu = False
+    assert engine._memory_kwargs() == {"enable_sleep_mode": True}
+    monkeypatch.setenv(name, "max_split_size_mb:64, expandable_segments: True")
+    with pytest.warns(UserWarning, match=f"`{name}` has expandable_segments:True.*set `sleep: never`"):
+        engine._memory_kwargs()
+    assert waking._memory_kwargs() == {}
+    monkeypatch.setenv(name, "expandable_segments:False")
+    assert engine._memory_kwargs() == {"enable_sleep_mode": True}
+
+
 def test_without_vllm_the_error_names_the_ways_out(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SettingError, match=r"vLLM is not installed.*TransformersEngine"):
