@@ -12,8 +12,8 @@ from drpo_lightning.logs import log_metrics
 class Everywhere(Callback):
     """Logs the steps completed, under the hook's name, in every hook that the package logs in."""
 
-    def record(self, name, trainer, pl_module, **settings):
-        log_metrics(trainer, pl_module, {name: torch.tensor(trainer.global_step)}, **settings)
+    def record(self, name, trainer, pl_module):
+        log_metrics(trainer, pl_module, {name: torch.tensor(trainer.global_step)})
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.record("batch_start", trainer, pl_module)
@@ -22,10 +22,10 @@ class Everywhere(Callback):
         self.record("batch_end", trainer, pl_module)
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.record("epoch_end", trainer, pl_module, is_epoch_end=True)
+        self.record("epoch_end", trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer, pl_module):
-        self.record("validation", trainer, pl_module, is_epoch_end=True)
+        self.record("validation", trainer, pl_module)
 
 
 def test_a_value_stands_at_the_steps_completed(make_run, monkeypatch, tmp_path):

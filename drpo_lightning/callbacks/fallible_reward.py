@@ -140,4 +140,4 @@ class FallibleReward(RewardCallback):
             f"val/reward/{self.name}/error_fraction": errors / completions,
             f"val/reward/{self.name}/timeout_fraction": timeouts / completions,
         }
-        log_metrics(trainer, pl_module, metrics, is_epoch_end=True)
+        log_metrics(trainer, pl_module, metrics)

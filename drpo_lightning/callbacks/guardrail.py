@@ -141,7 +141,7 @@ class Guardrail(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judges what was logged last, so that no further rollout is sampled."""
-        self._judge(trainer, pl_module, is_epoch_end=True)
+        self._judge(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Checks, after the first whole rollout and before the next, that every rule has something to watch."""
@@ -155,7 +155,7 @@ class Guardrail(Callback):
                 f"There are {sorted(trainer.callback_metrics)}"
             )
 
-    def _judge(self, trainer: Trainer, pl_module: LightningModule, *, is_epoch_end: bool = False) -> None:
+    def _judge(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Acts if a value that was logged since the last call demands it. Collective."""
         values = self._new_values(trainer)
         if not values or self.stopped:
@@ -163,7 +163,7 @@ class Guardrail(Callback):
         # Some values, such as times, differ between ranks: rank 0 decides, on what it writes to the logs.
         reasons = trainer.strategy.broadcast(self._reasons(values))
         if reasons:
-            self._act(trainer, pl_module, "; ".join(reasons), is_epoch_end=is_epoch_end)
+            self._act(trainer, pl_module, "; ".join(reasons))
 
     def _new_values(self, trainer: Trainer) -> dict[str, float]:
         """The watched values that were logged since the last call."""
@@ -193,10 +193,10 @@ class Guardrail(Callback):
                 reasons.append(violation + (f", {self.patience} times in succession" if self.patience > 1 else ""))
         return sorted(reasons)
 
-    def _act(self, trainer: Trainer, pl_module: LightningModule, reason: str, *, is_epoch_end: bool) -> None:
+    def _act(self, trainer: Trainer, pl_module: LightningModule, reason: str) -> None:
         """Reports the reason, keeps the state, and stops the run or lowers the learning rate."""
         stops = self.action == "stop"
-        log_metrics(trainer, pl_module, {"guardrail/triggered": 1.0}, is_epoch_end=is_epoch_end)
+        log_metrics(trainer, pl_module, {"guardrail/triggered": 1.0})
         kept = ""
         if self.checkpoint:
             path = Path(trainer.log_dir or trainer.default_root_dir) / f"guardrail-step={trainer.global_step}.ckpt"

@@ -120,7 +120,7 @@ class RolloutStatistics(Callback, RolloutHooks):
         }
         lost: dict[str, float] = trainer.datamodule.split_statistics  # type: ignore[attr-defined]
         metrics |= {f"perf/{name}": value for name, value in lost.items()}
-        log_metrics(trainer, pl_module, metrics, is_epoch_end=True)
+        log_metrics(trainer, pl_module, metrics)
 
 
 def rollout_metrics(trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> dict[str, float]:

@@ -376,7 +376,7 @@ class PolicyModule(EngineSide):
         for prefix, metric in (of_all | of_subsets).items():
             metrics |= {f"{prefix}/{name}": value for name, value in metric.compute().items()}
             metric.reset()
-        log_metrics(self.trainer, self, metrics, is_epoch_end=True)
+        log_metrics(self.trainer, self, metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes which model the weights belong to, for `drpo export`."""
