@@ -1,10 +1,11 @@
-"""One way to log: every scalar stands at the number of optimizer steps completed."""
+"""One way to log: every scalar stands at the number of optimizer steps completed, every line is said once."""
 
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -48,3 +49,14 @@ def log_metrics(trainer: "Trainer", pl_module: "LightningModule", metrics: Mappi
     for logger in trainer.loggers:
         logger.log_metrics(values, step=step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+
+
+def announce(trainer: "Trainer", line: str) -> None:
+    """Says on rank 0 how a run is set, unless one of its callbacks shows all such lines (`summarizes_run`).
+
+    Args:
+        trainer: the trainer.
+        line: what is set.
+    """
+    if not any(getattr(callback, "summarizes_run", False) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        rank_zero_info(line)

@@ -21,6 +21,9 @@ class RunSummary(Callback):
     and the latest validation are compared, and a single one stands alone.
     """
 
+    summarizes_run = True
+    """The lines that a run says without a summary are left out, see `announce`."""
+
     def __init__(self) -> None:
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
@@ -88,26 +91,19 @@ def _model_lines(trainer: Trainer, module: PolicyModule) -> dict[str, str]:
         "strategy": f"{type(trainer.strategy).__name__}, {ranks}, {trainer.precision}",
         "logprobs": module.network.describe_logprobs(),
         "objective": module.objective.describe(),
+        **({} if module.reference is None else {"reference": module.reference.describe()}),
     }
 
 
 def _data_lines(trainer: Trainer, data: RolloutDataModule) -> dict[str, str]:
     """The engine, and what a rollout and the whole run sample and update."""
-    completions = data.num_prompts * data.group_size
-    tokens = completions * data.sampling.max_tokens
-    window = int(trainer.accumulate_grad_batches)
-    size = completions // data.num_updates
-    rollout = (
-        f"{data.num_prompts} prompts x {data.group_size} samples = {completions} completions of at most "
-        f"{data.sampling.max_tokens} tokens -> {data.num_updates} updates of {size}, in {window} micro-batches of "
-        f"about {round(size / window / trainer.world_size, 1):g} on each rank"
-    )
+    tokens = data.num_prompts * data.group_size * data.sampling.max_tokens
     staleness = "staleness 0 (every rollout is of the newest weights)"
     if data.max_staleness:
         staleness = f"staleness at most {data.max_staleness} (rollouts are sampled while earlier ones are trained on)"
     return {
         "engine": data.engine.describe(),
-        "rollout": rollout,
+        "rollout": f"{data.describe_rollout()}; completions of at most {data.sampling.max_tokens} tokens",
         "run": f"{_length(trainer, data, tokens)}, {staleness}",
     }
 

@@ -223,7 +223,7 @@ def check_batch_sizes(*, num_prompts: int, group_size: int, num_updates: int, wi
     per_update = samples // num_updates
     is_divisible = per_update % window == 0
     return (
-        f"Rollout: {num_prompts} prompts x {group_size} samples = {samples * num_ranks} completions -> "
+        f"{num_prompts} prompts x {group_size} samples = {samples * num_ranks} completions -> "
         f"{num_updates} updates of {per_update * num_ranks}, each in {window} micro-batches of "
         f"about {per_update / window:.{0 if is_divisible else 1}f} on {num_ranks} rank(s)"
         + (f"; {window - per_update} of them are empty" if window > per_update else "")

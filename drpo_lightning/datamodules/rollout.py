@@ -8,7 +8,6 @@ from itertools import repeat
 from typing import Any, Literal
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
 
 from drpo_lightning.batch import Completion, Rollout, RolloutBatch, Sampling, ValidationBatch
 from drpo_lightning.datamodules.curriculum import PassRateCurriculum
@@ -27,6 +26,7 @@ from drpo_lightning.datamodules.seeds import seed_of
 from drpo_lightning.datamodules.subsets import subsets
 from drpo_lightning.errors import SettingError
 from drpo_lightning.functional.advantages import group_advantages
+from drpo_lightning.logs import announce
 from drpo_lightning.rewards.base import Reward
 from drpo_lightning.rollout.engine import InFlight, Request, RolloutEngine
 from drpo_lightning.rollout.hooks import RolloutHooks
@@ -181,7 +181,7 @@ class RolloutDataModule(ResumableRollouts):
         """Loads tokenizer and prompts and checks that everything fits, before anything heavy starts."""
         self.engine.check_available()
         if stage == "fit":
-            self._check_batch_sizes()
+            announce(self._trainer, f"Rollout: {self.describe_rollout()}")
             if self._queue is not None:
                 self._queue.prepare()
         if not self._rewards:
@@ -214,15 +214,19 @@ class RolloutDataModule(ResumableRollouts):
         if self._limit_val_batches is not None:
             self._trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
-    def _check_batch_sizes(self) -> None:
-        sizes = check_batch_sizes(
+    def describe_rollout(self) -> str:
+        """The sizes of a rollout in words.
+
+        Raises:
+            SettingError: if it cannot be split evenly into updates.
+        """
+        return check_batch_sizes(
             num_prompts=self.num_prompts,
             group_size=self.group_size,
             num_updates=self.num_updates,
             window=int(self._trainer.accumulate_grad_batches),
             num_ranks=self._trainer.world_size,
         )
-        rank_zero_info(sizes)
 
     def _load(self, prompts: PromptSource, sampling: Sampling, key: str) -> list[dict[str, Any]]:
         """The rows of a data set, encoded and checked."""

@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from drpo_lightning.batch import RolloutBatch, ValidationBatch
 from drpo_lightning.errors import SettingError
 from drpo_lightning.functional.aggregation import aggregate_loss
 from drpo_lightning.functional.divergences import TopKLogprobs
-from drpo_lightning.logs import log_interval, log_metrics
+from drpo_lightning.logs import announce, log_interval, log_metrics
 from drpo_lightning.metrics import ValidationStatistics
 from drpo_lightning.modules.checks import (
     check_adapters,
@@ -183,9 +183,9 @@ class PolicyModule(EngineSide):
         if stage == "fit" and sampling is not None:
             check_sampling(sampling, self.objective, self.temperature)
         if stage == "fit":
-            rank_zero_info(f"Objective: {self.objective.describe()}")
+            announce(self.trainer, f"Objective: {self.objective.describe()}")
             if self.reference is not None:
-                rank_zero_info(f"Reference: {self.reference.describe()}")
+                announce(self.trainer, f"Reference: {self.reference.describe()}")
 
     def configure_model(self) -> None:
         """Loads the policy and, for a fit, the reference.

@@ -7,6 +7,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from drpo_lightning.callbacks import ExportPolicy, RunSummary
 from drpo_lightning.datamodules import ArithmeticPrompts
+from drpo_lightning.modules import ReferencePenalty
 
 VALIDATION = {"val_prompts": ArithmeticPrompts("validation", max_operand=9, num_validation=20), "val_num_samples": 2}
 
@@ -64,13 +65,23 @@ def test_the_start_says_what_will_be_done(make_run, model_folder, tmp_path, caps
     assert shown["objective"] == run.module.objective.describe()
     assert shown["engine"] == "TransformersEngine"
     assert shown["rollout"] == (
-        f"4 prompts x 4 samples = 16 completions of at most {run.data.sampling.max_tokens} tokens -> "
-        "2 updates of 8, in 1 micro-batches of about 8 on each rank"
+        "4 prompts x 4 samples = 16 completions -> 2 updates of 8, each in 1 micro-batches of about 8 on 1 rank(s); "
+        f"completions of at most {run.data.sampling.max_tokens} tokens"
     )
     tokens = 3 * 16 * run.data.sampling.max_tokens
     assert shown["run"] == (
         f"3 rollouts, 6 updates, at most {tokens} sampled tokens, staleness 0 (every rollout is of the newest weights)"
     )
+
+
+@pytest.mark.parametrize("callbacks", [(), (RunSummary(),)], ids=["without", "with"])
+def test_sizes_objective_and_reference_are_said_once(make_run, capsys, caplog, callbacks):
+    with caplog.at_level("INFO"):
+        run = make_run(*callbacks, module={"reference": ReferencePenalty(beta=0.5)})
+        run.fit()
+    said = caplog.text + capsys.readouterr().out
+    for text in (run.data.describe_rollout(), run.module.objective.describe(), run.module.reference.describe()):
+        assert said.count(text) == 1
 
 
 @pytest.mark.parametrize(

@@ -215,4 +215,4 @@ def test_sizes_that_do_not_divide_are_refused(sizes, message):
 )
 def test_the_sizes_in_words(window, words):
     found = check_batch_sizes(num_prompts=8, group_size=4, num_updates=4, window=window, num_ranks=2)
-    assert found == f"Rollout: 8 prompts x 4 samples = 32 completions -> 4 updates of 8, each in {words}"
+    assert found == f"8 prompts x 4 samples = 32 completions -> 4 updates of 8, each in {words}"
