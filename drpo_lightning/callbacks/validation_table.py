@@ -45,13 +45,15 @@ class ValidationTable(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         header, rows = validation_table(sizes, metrics)
         left_out = len(rows) - self.max_rows - 1
-        title = f"Held-out prompts after {updates_completed(trainer, pl_module)} updates"
+        updates = updates_completed(trainer, pl_module)
+        is_known = updates > 0 or trainer.state.fn == "fit"  # a folder that is validated may be that of a trained model
+        title = "Held-out prompts" + (f" after {updates} updates" if is_known else "")
         print_table(
             title + (f" ({left_out} subsets left out)" if left_out > 0 else ""), header, rows[: self.max_rows + 1]
         )
         for writer in tensorboard_writers(trainer):
             cells = [[markdown_cell(cell, MAX_CHARACTERS) for cell in row] for row in rows]
-            writer.add_text("validation", markdown_table(header, cells), updates_completed(trainer, pl_module))
+            writer.add_text("validation", markdown_table(header, cells), updates)
 
 
 def validation_table(sizes: Mapping[str, int], metrics: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:

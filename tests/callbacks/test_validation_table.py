@@ -122,3 +122,12 @@ def test_a_checkpoint_that_is_validated_has_the_updates_of_its_run(make_run, tmp
     run.trainer.validate(run.module, run.data, ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=True)
     assert "Held-out prompts after 4 updates" in capsys.readouterr().out
     assert (tmp_path / "samples" / "validation-000004.jsonl").is_file()
+
+
+def test_of_a_folder_that_is_validated_no_number_of_updates_is_said(make_run, capsys):
+    data = {"val_prompts": TwoSets(), "val_num_samples": 1}
+    run = make_run(ValidationTable(), data=data)
+    run.trainer.validate(run.module, run.data, verbose=False)
+    assert capsys.readouterr().out.splitlines()[0].strip() == "Held-out prompts"
+    make_run(ValidationTable(), trainer={"num_sanity_val_steps": -1, "max_steps": 1}, data=data).fit()
+    assert "Held-out prompts after 0 updates" in capsys.readouterr().out
