@@ -152,6 +152,16 @@ class PolicyCheckpoint(ModelCheckpoint, RolloutHooks):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined] # where Lightning would still write `last.ckpt`
             super().on_train_end(trainer, pl_module)
 
+    @property
+    def is_run_to_end(self) -> bool:
+        """True after Ctrl-C or SIGTERM, of this rank alone."""
+        return self._end_request.signal is not None
+
+    def on_wait_ended(self, trainer: Trainer) -> None:
+        """Ends the run; on several ranks without a checkpoint, in the middle of what is sampled."""
+        if self.save_on_exception:
+            self._end_request.end_if_asked(trainer)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the signals back."""
         super().teardown(trainer, pl_module, stage)

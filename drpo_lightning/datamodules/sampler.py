@@ -1,5 +1,6 @@
 """The engine's side of a rollout: started when it is first needed, given the trainer's weights, asked for samples."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from drpo_lightning.batch import Completion, Rollout, Sampling
 from drpo_lightning.datamodules.prompt_encoder import PromptEncoder
@@ -15,7 +17,8 @@ from drpo_lightning.datamodules.scored_rollout import column_names, scored_rollo
 from drpo_lightning.errors import SettingError
 from drpo_lightning.rewards.base import Reward
 from drpo_lightning.rollout.checks import check_completions
-from drpo_lightning.rollout.engine import EngineError, RolloutEngine
+from drpo_lightning.rollout.engine import EngineError, RolloutEngine, WaitEnded
+from drpo_lightning.rollout.hooks import RolloutHooks
 from drpo_lightning.rollout.supervised import supervised
 from drpo_lightning.rollout.weights import RepeatableWeights, WeightSource, check_weights, model_weight_shapes
 
@@ -40,17 +43,24 @@ class RolloutSampler:
         self._expected_weights: dict[str, torch.Size] = {}
         self._profiler: Profiler = PassThroughProfiler()
         self._on_any_rank: Callable[[bool], bool] = bool
+        self._end_run: Callable[[], object] = bool
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Adds to the time of a phase, for `phase_seconds` and for Lightning's profiler."""
+        """Adds to the time of a phase, for `phase_seconds` and for Lightning's profiler; may end the run."""
         started = time.perf_counter()
-        with self._profiler.profile(f"[RolloutDataModule]{name}"):
-            yield
+        try:
+            with self._profiler.profile(f"[RolloutDataModule]{name}"):
+                yield
+        except WaitEnded:
+            self._end_run()
+            raise
         self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + time.perf_counter() - started
 
     def make_ready(self, trainer: Any) -> None:  # noqa: ANN401
         """Starts the engine, or wakes it."""
+        self._end_run = partial(_end_run, trainer)
+        self.engine.is_run_to_end = partial(_is_run_to_end, trainer)
         self._profiler = trainer.profiler
         self._on_any_rank = partial(trainer.strategy.reduce_boolean_decision, all=False)
         if trainer.strategy.root_device.type == "cuda":
@@ -184,3 +194,18 @@ def _weight_source(module: object) -> WeightSource:
     if not isinstance(module, WeightSource):
         raise TypeError(f"the LightningModule must be a `WeightSource`, got {type(module).__name__}")
     return module
+
+
+def _hooks(trainer: Any) -> list[RolloutHooks]:  # noqa: ANN401
+    return [callback for callback in trainer.callbacks if isinstance(callback, RolloutHooks)]
+
+
+def _is_run_to_end(trainer: Any) -> bool:  # noqa: ANN401
+    return trainer.received_sigterm or any(hook.is_run_to_end for hook in _hooks(trainer))
+
+
+def _end_run(trainer: Any) -> None:  # noqa: ANN401
+    """Ends a run whose engine has stopped waiting: as a callback does, or else with the status that SIGTERM has."""
+    for hook in _hooks(trainer):
+        hook.on_wait_ended(trainer)
+    raise SIGTERMException(128 + signal.SIGTERM)

@@ -1,7 +1,7 @@
 """The interface that every rollout engine has."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +17,10 @@ InFlight = Literal["continue", "drop"]
 
 class EngineError(RuntimeError):
     """An engine did not start, did not answer in time, or is gone."""
+
+
+class WaitEnded(Exception):  # noqa: N818 - nothing has gone wrong
+    """An engine has stopped waiting, since the run is to end."""
 
 
 class Request(NamedTuple):
@@ -56,6 +60,7 @@ class RolloutEngine(ABC):
         context_setting: what a user raises for a longer context, in words.
         context_tokens: most tokens of a sequence; known once started.
         dtype_name: precision of the engine's weights, `float32`, `bfloat16`, `fp8` and so on; known once started.
+        is_run_to_end: says whether what the engine waits for has no use any more; asked in any thread.
         is_shared: True for one that all ranks ask, each for itself, without a copy of it for each.
         max_context_tokens: most tokens of a sequence as configured; None leaves it to the model.
         max_restarts: failures in a row after which it is started again; 0 where it cannot be, as in the trainer's
@@ -69,6 +74,7 @@ class RolloutEngine(ABC):
     context_setting: str = "`max_position_embeddings` in the model's configuration"
     context_tokens: int = 0
     dtype_name: str = ""
+    is_run_to_end: Callable[[], bool] = bool
     is_shared: bool = False
     max_context_tokens: int | None = None
     max_restarts: int = 0
@@ -120,6 +126,7 @@ class RolloutEngine(ABC):
 
         Raises:
             EngineError: if the engine does not come up.
+            WaitEnded: if the run is to end before.
         """
 
     @abstractmethod

@@ -16,6 +16,14 @@ class RolloutHooks:
     The rollout data module calls the members of `trainer.callbacks` that are `RolloutHooks`, on every rank.
     """
 
+    @property
+    def is_run_to_end(self) -> bool:
+        """True once the run has been asked to end: an engine that waits for its servers then stops waiting."""
+        return False
+
+    def on_wait_ended(self, trainer: "Trainer") -> None:
+        """Called when the engine has stopped waiting, to raise what the run is to end with."""
+
     def on_engine_refresh(self, trainer: "Trainer", pl_module: "LightningModule", engine: "RolloutEngine") -> None:
         """Called when the engine has got the trainer's weights, before it generates with them."""
 

@@ -7,16 +7,20 @@ from typing import Any, TypeVar
 from torch import distributed as dist
 
 from drpo_lightning.errors import SettingError
-from drpo_lightning.rollout.engine import EngineError
+from drpo_lightning.rollout.engine import EngineError, WaitEnded
 
 T = TypeVar("T")
 
 
-def attempt(compute: Callable[[], T]) -> "T | EngineError | SettingError":
+Failure = EngineError | SettingError | WaitEnded
+FAILURES = (EngineError, SettingError, WaitEnded)
+
+
+def attempt(compute: Callable[[], T]) -> T | Failure:
     """The result, or the error; whatever it is, the other ranks have to learn of it."""
     try:
         return compute()
-    except (EngineError, SettingError) as error:
+    except FAILURES as error:
         return error
     except Exception as error:  # noqa: BLE001
         failure = EngineError(f"{type(error).__name__}: {error}")
@@ -49,7 +53,7 @@ class Ranks:
         """Forgets the group. Not collective."""
         self._group = None
 
-    def share(self, outcome: "T | EngineError | SettingError") -> T:
+    def share(self, outcome: T | Failure) -> T:
         """The first rank's outcome on every rank, raised if it is an error. Collective.
 
         Args:
@@ -59,7 +63,7 @@ class Ranks:
             box: list[Any] = [outcome]
             self._wait(lambda: dist.broadcast_object_list(box, group=self._group, group_src=0))
             outcome = box[0]
-        if isinstance(outcome, EngineError | SettingError):
+        if isinstance(outcome, FAILURES):
             raise outcome
         return outcome
 
@@ -71,9 +75,9 @@ class Ranks:
             self._wait(lambda: dist.all_gather_object(values, value, group=self._group))
         return values
 
-    def agree(self, outcome: "T | EngineError | SettingError") -> T:
+    def agree(self, outcome: T | Failure) -> T:
         """Each rank its own outcome; raised on every rank if one is an error. Collective."""
-        failure = outcome if isinstance(outcome, EngineError | SettingError) else None
+        failure = outcome if isinstance(outcome, FAILURES) else None
         failures = self.gather(failure)
         if failure is not None:
             raise failure

@@ -76,6 +76,7 @@ class SupervisedEngine(WrappedEngine):
                 adapter_rank=adapter_rank,
             )
 
+        self.engine.is_run_to_end = self.is_run_to_end
         self._ranks.join()
         self._start = start
         self._attempt(start)

@@ -286,3 +286,32 @@ def test_sigterm_of_one_of_two_ranks_at_the_very_end_leaves_the_end_as_it_is(liv
     assert statuses == [0, 0], printed[-3000:]
     assert "the run ends before the next update" in printed
     assert_ended_alike(tmp_path, whole(*arguments, num_ranks=2))
+
+
+def waiting(port):
+    engine = f"{{urls: ['http://127.0.0.1:{port}'], start_timeout_seconds: 100}}"
+    return f"--data.engine={{class_path: drpo_lightning.rollout.VLLMServerEngine, init_args: {engine}}}"
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    ("number", "checkpoints", "num_ranks", "status"),
+    [
+        (signal.SIGTERM, True, 1, 75),
+        (signal.SIGTERM, True, 2, 75),
+        (signal.SIGINT, True, 2, 1),
+        (signal.SIGTERM, False, 1, 143),
+    ],
+)
+def test_a_run_that_waits_for_servers_ends_when_it_is_asked_to(lives, tmp_path, number, checkpoints, num_ranks, status):
+    strategy = "ddp" if num_ranks > 1 else "auto"
+    callbacks = () if checkpoints else ("--trainer.callbacks=[{class_path: tests.reliability.victims.DrawingReward}]",)
+    with socket.socket() as reserved:  # bound, and nobody listens
+        reserved.bind(("127.0.0.1", 0))
+        arguments = (waiting(reserved.getsockname()[1]), f"--trainer.strategy={strategy}", *callbacks)
+        settings = {"signal_number": number, "after_seconds": 15, "num_ranks": num_ranks}
+        started = time.monotonic()
+        statuses, printed = lives.live(tmp_path, *arguments, **settings)
+    assert "Waiting for rollout servers" in printed
+    assert statuses == num_ranks * [status], printed[-3000:]
+    assert time.monotonic() - started < 60

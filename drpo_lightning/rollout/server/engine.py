@@ -9,9 +9,9 @@ from torch import Tensor
 
 from drpo_lightning.addresses import checked_url, is_loopback, key_from_environment
 from drpo_lightning.batch import Completion, Sampling
-from drpo_lightning.errors import SettingError
-from drpo_lightning.rollout.engine import EngineError, RolloutEngine
-from drpo_lightning.rollout.ranks import Ranks, attempt
+from drpo_lightning.rollout.engine import RolloutEngine
+from drpo_lightning.rollout.ranks import FAILURES, Ranks, attempt
+from drpo_lightning.rollout.server.client import ServerInfo
 from drpo_lightning.rollout.server.fleet import Fleet
 from drpo_lightning.rollout.server.messages import generate_message
 from drpo_lightning.rollout.weights import WeightStream
@@ -152,11 +152,15 @@ class VLLMServerEngine(RolloutEngine):
         )
         self._run_name = uuid.uuid4().hex[:12]
         self._ranks.join()
-        to_all = not self._was_started
-        outcome = attempt(lambda: fleet.connect(self.start_timeout_seconds, to_all=to_all)) if self._leads else None
+
+        def connect() -> ServerInfo:
+            to_all = not self._was_started
+            return fleet.connect(self.start_timeout_seconds, to_all=to_all, is_run_to_end=self.is_run_to_end)
+
+        outcome = attempt(connect) if self._leads else None
         try:
             info = self._ranks.share(outcome)
-        except (EngineError, SettingError):
+        except FAILURES:
             self._close_fleet()
             raise
         assert info is not None

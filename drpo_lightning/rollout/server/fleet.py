@@ -92,7 +92,7 @@ class Fleet:
         self._loop.run(self._session.close())
         self._loop.close()
 
-    def connect(self, timeout_seconds: float, *, to_all: bool) -> ServerInfo:
+    def connect(self, timeout_seconds: float, *, to_all: bool, is_run_to_end: Callable[[], bool] = bool) -> ServerInfo:
         """Waits until servers are ready, and says what holds for all: the smallest context, the largest block.
 
         Logs which are not ready and why, at once and every `REPORT_SECONDS`.
@@ -100,12 +100,14 @@ class Fleet:
         Args:
             timeout_seconds: how long.
             to_all: waits for each of them, and refuses the wrong settings of any; or else for one of them.
+            is_run_to_end: see `RolloutEngine`.
 
         Raises:
             EngineError: if it takes too long.
             SettingError: if a server is set wrongly, or they differ in precision, or not in their seeds.
+            WaitEnded: if the run is to end before.
         """
-        infos = self._loop.run(self._connect(timeout_seconds, to_all=to_all))
+        infos = self._loop.run(self._connect(timeout_seconds, to_all=to_all), is_run_to_end=is_run_to_end)
         if len({info.dtype_name for info in infos}) > 1:
             raise SettingError(f"the servers must have weights of one precision, got {[i.dtype_name for i in infos]}")
         if len({info.seed for info in infos}) < len(infos):

@@ -2,9 +2,13 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent.futures import wait
 from typing import Any, TypeVar
 
+from drpo_lightning.rollout.engine import WaitEnded
+
+POLL_SECONDS = 1.0
 T = TypeVar("T")
 
 
@@ -16,10 +20,21 @@ class BackgroundLoop:
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-servers", daemon=True)
         self._thread.start()
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """The result of a coroutine, which is cancelled if the caller is interrupted."""
+    def run(self, coroutine: Coroutine[Any, Any, T], *, is_run_to_end: Callable[[], bool] = bool) -> T:
+        """The result of a coroutine, which is cancelled if the caller is interrupted.
+
+        Args:
+            coroutine: what is computed.
+            is_run_to_end: says whether it has no use any more.
+
+        Raises:
+            WaitEnded: if it has not.
+        """
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
+            while not wait([future], timeout=POLL_SECONDS).done:
+                if is_run_to_end():
+                    raise WaitEnded  # noqa: TRY301
             return future.result()
         except BaseException:
             future.cancel()
