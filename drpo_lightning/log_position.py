@@ -9,7 +9,8 @@ import csv
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,18 @@ def take_folders(loggers: Sequence[Logger], positions: Sequence[Position]) -> No
         logger._version = position["version"]  # Lightning has no other way to set it on a logger that exists
 
 
-def cut_logs(loggers: Sequence[Logger], positions: Sequence[Position]) -> None:
-    """Lets loggers whose folders are taken go on from the place that positions speak of; before they are used."""
-    for logger, position in _pairs(loggers, positions):
-        _cut(logger, position["files"])
+def reopen_logs(loggers: Sequence[Logger], positions: Sequence[Position]) -> Callable[[], None]:
+    """Opens loggers whose folders are taken on the files that are there; before they are used.
+
+    Returns:
+        What cuts these files to the place that positions speak of, once the run goes on from there.
+    """
+    return partial(_call_all, [_reopen(*pair) for pair in _pairs(loggers, positions)])
+
+
+def _call_all(functions: Sequence[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
 
 
 def _pairs(
@@ -98,37 +107,47 @@ def _pairs(
             yield logger, position
 
 
-@rank_zero_only
-def _cut(logger: TensorBoardLogger | CSVLogger, files: Mapping[str, int]) -> None:
+def _reopen(logger: TensorBoardLogger | CSVLogger, position: Position) -> Callable[[], None]:
     folder = Path(logger.log_dir)
-    for path in folder.glob(EVENTS):
-        if path.name not in files:
-            path.unlink()
-        elif path.stat().st_size > files[path.name]:
-            os.truncate(path, files[path.name])
     if isinstance(logger, CSVLogger):
-        _reopen(logger, folder, files.get(METRICS, 0))
+        _reopen_table(logger, folder)
+    return partial(_cut, folder, list(folder.glob(EVENTS)), position["files"])
 
 
-def _reopen(logger: CSVLogger, folder: Path, num_rows: int) -> None:
-    """Opens a CSV logger on the first rows of the file that it has written, which it would remove otherwise."""
+@rank_zero_only
+def _reopen_table(logger: CSVLogger, folder: Path) -> None:
+    """Opens a CSV logger on the file that it has written, which it would remove otherwise."""
     metrics, kept = folder / METRICS, folder / KEPT
     if metrics.is_file() and not kept.is_file():
         metrics.replace(kept)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*exists and is not empty")
         writer = logger.experiment
-    if not kept.is_file():
-        return
-    names, rows = _rows(kept)
+    if kept.is_file():
+        kept.replace(metrics)
+        writer.metrics_keys, _ = _rows(metrics)
+
+
+@rank_zero_only
+def _cut(folder: Path, events: Sequence[Path], lengths: Mapping[str, int]) -> None:
+    """Cuts what was there before the loggers were opened again."""
+    for path in events:
+        if path.name not in lengths:
+            path.unlink()
+        elif path.stat().st_size > lengths[path.name]:
+            os.truncate(path, lengths[path.name])
+    if (folder / METRICS).is_file():
+        _cut_table(folder / METRICS, lengths.get(METRICS, 0))
+
+
+def _cut_table(metrics: Path, num_rows: int) -> None:
+    names, rows = _rows(metrics)
     if len(rows) < num_rows:
         rank_zero_warn(f"{str(metrics)!r} has lost {num_rows - len(rows)} of {num_rows} rows: the run was killed in it")
     with whole_file(metrics) as cut, cut.open("w", newline="") as file:
         table = csv.DictWriter(file, fieldnames=names)
         table.writeheader()
         table.writerows(rows[:num_rows])
-    kept.unlink()
-    writer.metrics_keys = names
 
 
 def _rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -1,20 +1,20 @@
 """Which checkpoint `--ckpt_path` means, and how a run goes on in the log folder of the one that it resumes."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from drpo_lightning.callbacks import PolicyCheckpoint
 from drpo_lightning.checkpoints import newest_checkpoint, verify_checkpoint
 from drpo_lightning.errors import SettingError
-from drpo_lightning.log_position import cut_logs, take_folders
+from drpo_lightning.log_position import reopen_logs, take_folders
 from drpo_lightning.output_folders import claim_output_folders
 
 SPECIAL = ("best", "hpc")
@@ -123,8 +123,8 @@ def say_where_it_goes_on(trainer: Trainer, checkpoint: str, notes: Mapping[str, 
 def go_on_as_its_run(trainer: Trainer, notes: Mapping[str, Any], held: ExitStack) -> None:
     """Lets a run go on as that of a checkpoint: TensorBoard's and CSV loggers in its folder, from where it was saved.
 
-    What was logged there after it is removed: the run logs it again. The checkpoint itself is the run's own, to be
-    removed when `PolicyCheckpoint` has a newer one to keep.
+    What was logged there after it is removed once the checkpoint is accepted: the run logs it again. The checkpoint
+    itself is the run's own, to be removed when `PolicyCheckpoint` has a newer one to keep.
 
     Args:
         trainer: before its run has begun.
@@ -137,8 +137,23 @@ def go_on_as_its_run(trainer: Trainer, notes: Mapping[str, Any], held: ExitStack
     positions = notes.get("logs", [])
     take_folders(trainer.loggers, positions)
     claim_output_folders(trainer, held)
-    cut_logs(trainer.loggers, positions)
+    trainer.callbacks.append(_OnceAccepted(reopen_logs(trainer.loggers, positions)))  # type: ignore[attr-defined]
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, PolicyCheckpoint):
             callback.owns_resumed = True
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # it is the run's own
+
+
+class _OnceAccepted(Callback):
+    """Does something when the whole checkpoint has been restored, and the other callbacks have begun.
+
+    Args:
+        action: what is done.
+    """
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Does it."""
+        self.action()

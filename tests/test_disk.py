@@ -13,7 +13,7 @@ from drpo_lightning.callbacks import PolicyCheckpoint
 from drpo_lightning.checkpoints import newest_checkpoint, verify_checkpoint
 from drpo_lightning.disk import DiskFullError, told_if_full, whole_file, whole_files
 from drpo_lightning.export import export_checkpoint, write_model
-from drpo_lightning.log_position import cut_logs, log_positions
+from drpo_lightning.log_position import log_positions, reopen_logs
 from drpo_lightning.rollout.adapters import write_adapter
 from tests.disks import make_disk  # noqa: F401
 
@@ -164,6 +164,6 @@ def test_a_table_that_cannot_be_written_anew_is_still_whole(make_disk, tmp_path)
     with pytest.raises(DiskFullError, match=r"'.*metrics.csv' could not be written: the disk is full"):
         log_positions([logger])
     (disk.folder / "filler").unlink()
-    cut_logs([logger_of("v")], positions)
+    reopen_logs([logger_of("v")], positions)()
     assert (disk.folder / "v" / "metrics.csv").read_text() == rows
     assert names(disk.folder / "v") == ["metrics.csv"]

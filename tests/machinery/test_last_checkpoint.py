@@ -1,5 +1,6 @@
 """`--ckpt_path last`: the first start, every further one, and damaged checkpoints; explicit paths."""
 
+import csv
 import json
 import os
 import re
@@ -111,6 +112,29 @@ def test_a_refused_resume_changes_nothing(runs, drpo, tmp_path):
         drpo("fit", "--trainer.max_epochs=3", "--ckpt_path=last", "--model.optimizer=torch.optim.SGD")
     assert delta_in(folder / "config.yaml") == 0.2
     assert "AdamW" in (folder / "config.yaml").read_text()
+
+
+LOGGERS = """[
+    {class_path: lightning.pytorch.loggers.TensorBoardLogger, init_args: {save_dir: FOLDER, name: quickstart}},
+    {class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: FOLDER, name: table}}]"""
+
+
+@pytest.mark.parametrize("refused", ["--model.peft={r: 2}", "--model.optimizer=torch.optim.SGD"])
+def test_a_resume_that_is_refused_while_it_loads_cuts_no_log(drpo, tmp_path, refused):
+    settings = {"logger": "--trainer.logger=" + LOGGERS.replace("FOLDER", str(tmp_path))}
+    drpo("fit", *TWO_ROLLOUTS, "--trainer.callbacks.save_top_k=-1", **settings)
+    for name in ("last.ckpt", "epoch=1-step=2.ckpt"):
+        checkpoint(tmp_path, name).unlink()
+    table = tmp_path / "table" / "version_0" / "metrics.csv"
+    (events,) = (tmp_path / "quickstart" / "version_0").glob("events*")
+    whole = {path: path.read_bytes() for path in (table, events)}
+    with pytest.raises(SystemExit):
+        drpo("fit", *TWO_ROLLOUTS, "--ckpt_path=last", refused, **settings)
+    assert whole == {path: path.read_bytes() for path in whole}
+    drpo("fit", *TWO_ROLLOUTS, "--ckpt_path=last", **settings)
+    assert 0 < events.stat().st_size < len(whole[events]), "what follows is in a file of the second start"
+    with table.open() as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["optim/loss"]] == ["1", "2"]
 
 
 def test_what_changes_on_the_way_is_said_and_kept(runs, tmp_path, caplog):
