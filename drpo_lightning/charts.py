@@ -119,6 +119,8 @@ LAYOUT: Layout = {
         "share of padding in what is computed": r"perf/padding_fraction",
         "seconds": r"perf/(start|generate|sync|reward|update|iteration)_seconds",
         "rollout": r"rollout/number",
+        "seconds since the start": r"perf/elapsed_seconds",
+        "most memory of a rank in GiB": r"perf/peak_memory_gib",
         "share of the time that the trainer waits for completions": r"perf/idle_fraction",
     },
     "Engine": {

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from drpo_lightning.batch import Rollout
-from drpo_lightning.callbacks.throughput import UpdateWork, update_work
+from drpo_lightning.callbacks.throughput import UpdateWork, cost_so_far, update_work
 from drpo_lightning.logs import log_interval, log_metrics
 from drpo_lightning.rollout.engine import RolloutEngine
 from drpo_lightning.rollout.hooks import RolloutHooks
@@ -32,7 +32,9 @@ class RolloutStatistics(Callback, RolloutHooks):
     padding, over `perf/update_seconds`) and, for a dense transformer on a GPU whose peak is known, `perf/mfu` (model
     FLOPs utilization of the updates: see `ModelSize.training_flops` for what is counted, `PEAK_TFLOPS` for the peaks);
     `perf/token_imbalance` and `perf/padding_fraction` (what the split into micro-batches loses, see
-    `drpo_lightning.datamodules.micro_batches.split_rollout`); how old the weights of the samples are:
+    `drpo_lightning.datamodules.micro_batches.split_rollout`); `perf/elapsed_seconds` (since this start of the training,
+    validations included; a resumed run begins at 0) and `perf/peak_memory_gib` (of any rank's process so far: what
+    PyTorch has allocated on a CUDA GPU, or else resident memory); how old the weights of the samples are:
     `rollout/staleness_mean`, `rollout/staleness_max` (weight syncs between the oldest weights that a completion was
     drawn with and the newest synced ones) and, at updates, `rollout/updates_since_sync` (updates on this rollout so
     far); where prompts without a signal are replaced (`data.dynamic_sampling_rounds`), of which all other figures know
@@ -48,6 +50,7 @@ class RolloutStatistics(Callback, RolloutHooks):
         self._metrics: dict[str, float] = {}
         self._tokens = 0.0
         self._work: UpdateWork | None = None
+        self._began = 0.0
         self._started = 0.0
         self._sampled = 0.0
         self._updated = 0.0
@@ -55,7 +58,8 @@ class RolloutStatistics(Callback, RolloutHooks):
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Begins to count updates."""
+        """Begins to count updates and time."""
+        self._began = time.perf_counter()
         self._last_step = trainer.global_step
 
     def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
@@ -119,7 +123,7 @@ class RolloutStatistics(Callback, RolloutHooks):
             "perf/idle_fraction": self._waited_seconds / seconds,
         }
         lost: dict[str, float] = trainer.datamodule.split_statistics  # type: ignore[attr-defined]
-        metrics |= {f"perf/{name}": value for name, value in lost.items()}
+        metrics |= {f"perf/{name}": value for name, value in lost.items()} | cost_so_far(trainer, self._began)
         log_metrics(trainer, pl_module, metrics)
 
 

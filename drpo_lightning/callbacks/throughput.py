@@ -1,5 +1,8 @@
-"""How fast the updates on a rollout were: tokens per second, and the share of the device's peak."""
+"""How fast the updates on a rollout were, and what a training has taken so far."""
 
+import resource
+import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -65,3 +68,26 @@ def _peak_of_all_ranks(trainer: Trainer) -> float | None:
         return None
     peak = peak_flops(torch.cuda.get_device_name(device), product_dtype(trainer.precision))
     return None if peak is None else peak * trainer.world_size
+
+
+def cost_so_far(trainer: Trainer, started: float) -> dict[str, float]:
+    """`perf/elapsed_seconds` and `perf/peak_memory_gib`, see `RolloutStatistics`. Collective.
+
+    Args:
+        trainer: knows the ranks.
+        started: when the training began, by `time.perf_counter`.
+    """
+    device = trainer.strategy.root_device
+    peak = torch.tensor(_peak_memory_bytes(device) / 2**30, dtype=torch.float64, device=device)
+    return {
+        "perf/elapsed_seconds": time.perf_counter() - started,
+        "perf/peak_memory_gib": float(trainer.strategy.reduce(peak, reduce_op="max")),
+    }
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Most memory of this process so far: what PyTorch has allocated on a CUDA GPU, or else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

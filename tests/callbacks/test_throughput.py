@@ -1,5 +1,7 @@
 """Speed of the updates: counted from the rollout, over all ranks, as much of it as is trained on."""
 
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +40,19 @@ def test_the_work_of_a_real_run(make_run, make_memory, make_recorder):
         work = update_work(run.trainer, run.module, rollout)
         assert work.model_flops == pytest.approx(flops_by_hand(lengths, sampled))
         assert work.peak_flops is None
+
+
+def test_time_and_memory_of_the_process_only_grow(make_run, make_memory):
+    logger = make_memory()
+    begun = time.perf_counter()
+    make_run(RolloutStatistics(), trainer={"logger": logger, "max_epochs": 2}).fit()
+    assert logger.steps("perf/elapsed_seconds") == logger.steps("perf/peak_memory_gib") == [2, 4]
+    first, second = logger.values("perf/elapsed_seconds")
+    assert logger.values("perf/iteration_seconds")[0] <= first < second < time.perf_counter() - begun
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:"))
+    before, after = logger.values("perf/peak_memory_gib")
+    assert 0.9 * peak < before <= after
 
 
 def test_utilization_is_the_work_over_what_the_devices_could_have_done():
