@@ -201,7 +201,7 @@ def check_compiler() -> Iterator[Finding]:
     if compiler:
         yield Finding("ok", "C++ compiler", compiler)
     else:
-        advice = "needed by `model.compile_layers` and by vLLM on a CPU without `enforce_eager`: apt install g++"
+        advice = "needed by `model.compile_layers` and by vLLM on a CPU with `enforce_eager: false`: apt install g++"
         yield Finding("note", "C++ compiler", "none", advice)
 
 

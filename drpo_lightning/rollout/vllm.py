@@ -39,7 +39,8 @@ class VLLMEngine(RolloutEngine):
         gpu_memory_utilization: share of the GPU's memory for weights and KV cache; without meaning on a CPU.
         kv_cache_gib: size of the KV cache in GiB; by default 1 on a CPU, and what `gpu_memory_utilization` leaves
             on a GPU.
-        enforce_eager: skips compilation and CUDA graphs: a faster start, slower generation.
+        enforce_eager: skips compilation and CUDA graphs: a faster start, slower generation. By default on a CPU
+            alone, where compiling needs a C++ compiler.
         engine_kwargs: further arguments of `vllm.LLM`, passed through untouched.
         start_timeout_seconds: how long an engine in a process of its own may take to start. In the trainer's process
             nothing is waited for, and neither the time-outs nor `max_restarts` have a meaning.
@@ -61,7 +62,7 @@ class VLLMEngine(RolloutEngine):
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.4,
         kv_cache_gib: float | None = None,
-        enforce_eager: bool = False,
+        enforce_eager: bool | None = None,
         engine_kwargs: dict[str, Any] | None = None,
         start_timeout_seconds: float = 600.0,
         generate_timeout_seconds: float = 1800.0,
@@ -178,8 +179,11 @@ class VLLMEngine(RolloutEngine):
         self.check_sleep()
         llm_kwargs = {"model": model, "seed": seed, "trust_remote_code": trust_remote_code, **self.llm_kwargs}
         llm_kwargs |= self._memory_kwargs() | adapter_kwargs(adapter_rank)
+        if llm_kwargs["enforce_eager"] is None:
+            llm_kwargs["enforce_eager"] = self._on_cpu
+        is_eager = llm_kwargs["enforce_eager"]
         if in_process:
-            os.environ.update(_environment_of_engine(device, own_process=False))
+            os.environ.update(_environment_of_engine(device, own_process=False, is_eager=is_eager))
             self.max_restarts = 0
             self._local = InProcessVLLM(llm_kwargs)
         else:
@@ -189,7 +193,7 @@ class VLLMEngine(RolloutEngine):
             self._remote = EngineProcess(
                 InProcessVLLM,
                 (llm_kwargs, heartbeat),
-                _environment_of_engine(device, own_process=True),
+                _environment_of_engine(device, own_process=True, is_eager=is_eager),
                 max(BUCKET_BYTES, largest),
                 heartbeat,
             )
@@ -309,7 +313,7 @@ def _warn_of_expandable_segments() -> None:
             )
 
 
-def _environment_of_engine(device: torch.device, *, own_process: bool) -> dict[str, str]:
+def _environment_of_engine(device: torch.device, *, own_process: bool, is_eager: bool) -> dict[str, str]:
     """Environment variables that vLLM reads when it is imported."""
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -318,8 +322,9 @@ def _environment_of_engine(device: torch.device, *, own_process: bool) -> dict[s
         "VLLM_NO_USAGE_STATS": "1",
     }
     if device.type == "cpu":
-        # vLLM compiles the ranking of logprobs at the first request, even when eager: it would need a C++ compiler.
-        environment["TORCHDYNAMO_DISABLE"] = "1"
+        if is_eager:
+            # vLLM compiles the ranking of logprobs at the first request all the same: it would need a C++ compiler.
+            environment["TORCHDYNAMO_DISABLE"] = "1"
         environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     if importlib.util.find_spec("flashinfer") is None:
         environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"

@@ -1,5 +1,6 @@
 """The contract that every engine keeps, on the real engines."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -199,7 +200,7 @@ def in_process_rollouts(tmp_path_factory):
         "from drpo_lightning.rollout import VLLMEngine\n"
         "from tests.rollout.conftest import start\n"
         "from tests.rollout.test_engines import with_topk\n"
-        "engine = start(VLLMEngine(process='in_process', dtype='float32', enforce_eager=True))\n"
+        "engine = start(VLLMEngine(process='in_process', dtype='float32'))  # eager, on a CPU\n"
         f"torch.save(with_topk(engine), {str(path)!r})\n"
         "engine.close()\n"
     )
@@ -329,3 +330,17 @@ def test_the_probe_allows_for_an_engine_in_fp8(make_run):
         make_run(LoudHead(), SyncProbe(), data={"engine": TransformersEngine("fp8")}).fit()
     with pytest.raises(EngineError, match=r"\(threshold 0.001 for an engine in fp8\)"):
         make_run(SyncProbe(threshold=1e-3), data={"engine": TransformersEngine("fp8")}).fit()
+
+
+@pytest.mark.reliability
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+def test_vllm_compiles_on_a_cpu_if_that_is_asked_for(policy):
+    engine = start(VLLMEngine(process="own", dtype="float32", enforce_eager=False))
+    try:
+        group = generate(engine, HOT, prompts=PROMPTS[:1], seeds=(7,))[0]
+    finally:
+        engine.close()
+    for completion in group:
+        expected = trainer_logprobs(policy, PROMPTS[0], completion, HOT)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=TOLERANCE)
