@@ -97,7 +97,8 @@ class ValidationStatistics(PackedMetric):
             values += [len(large), sum(pass_at_k(len(passed), sum(passed), k) for _, passed in large)]
             voting = large if rollout.answers is not None and k >= self.MIN_VOTES else []
             values += [len(voting), sum(majority_at_k(*group, k) for group in voting)]
-        self.sums += torch.tensor(values, dtype=torch.float64, device=self.sums.device)
+        # Not in place: the sums of an earlier validation may belong to its inference mode.
+        self.sums = self.sums + torch.tensor(values, dtype=torch.float64, device=self.sums.device)
         if chosen:
             self.maxima = self.maxima.clamp(min=float(size))
 

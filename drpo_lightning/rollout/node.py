@@ -13,9 +13,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from drpo_lightning.batch import Completion, Sampling
-from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout.engine import EngineError, RolloutEngine
-from drpo_lightning.rollout.ranks import attempt
+from drpo_lightning.rollout.ranks import FAILURES, Failure, attempt
 from drpo_lightning.rollout.weights import WeightStream
 from drpo_lightning.rollout.wrapped import WrappedEngine
 
@@ -196,14 +195,14 @@ class NodeEngine(WrappedEngine):
         """The same for each rank of the machine, computed once."""
         return lambda: [compute()] * self._num_ranks
 
-    def _attempt(self, compute: Callable[[], Sequence[T]]) -> "Sequence[T | EngineError | SettingError]":
+    def _attempt(self, compute: Callable[[], Sequence[T]]) -> "Sequence[T | Failure]":
         """What `compute` gives for each rank of the machine, or its error for each; nothing but on the leader."""
         if not self._is_leader:
             return ()
         outcome = attempt(compute)
-        return [outcome] * self._num_ranks if isinstance(outcome, EngineError | SettingError) else outcome
+        return [outcome] * self._num_ranks if isinstance(outcome, FAILURES) else outcome
 
-    def _share(self, method: str, parts: "Sequence[T | EngineError | SettingError]") -> T:
+    def _share(self, method: str, parts: "Sequence[T | Failure]") -> T:
         """This rank's one of the leader's parts, raised if it is an error."""
         part: Any = parts[0] if self._is_leader else None
         if self._group is not None:
@@ -212,7 +211,7 @@ class NodeEngine(WrappedEngine):
             with self._waiting(method):
                 dist.scatter_object_list(received, sent, group=self._group, group_src=0)
             part = part if self._is_leader else received[0]
-        if isinstance(part, EngineError | SettingError):
+        if isinstance(part, FAILURES):
             raise part
         return part  # type: ignore[no-any-return]
 

@@ -88,6 +88,17 @@ def test_a_trainer_validates_what_it_has_fitted(fit):
     assert {"val/reward/mean", "val/pass@1", "val/completions/mean_length"} <= metrics.keys()
 
 
+def test_what_was_validated_can_be_fitted(make_run, fit):
+    fitted, _ = fit()
+    run = make_run(data=VALIDATION)
+    before = run.trainer.validate(run.module, run.data, verbose=False)
+    run.fit()
+    for name, value in fitted.trainer.callback_metrics.items():
+        if not name.startswith("perf/"):
+            assert run.trainer.callback_metrics[name] == value, name
+    assert before[0]["val/reward/mean"] != run.trainer.callback_metrics["val/reward/mean"]
+
+
 def test_a_second_fit_goes_on(fit):
     whole, _ = fit(trainer={"max_epochs": 4}, module={"optimizer": sgd})
     run, watcher = fit(trainer={"max_epochs": 2}, module={"optimizer": sgd})
