@@ -109,6 +109,7 @@ class Rollout:
             reward says what an answer is.
         weights_version: number of the newest weights that the engine had when the rollout was complete: rollouts that
             they were trained on.
+        positions: number of each prompt among those of all rollouts, once per sample; empty in a validation.
         masks_truncated: True if completions that were cut off count in their groups, but are not trained on.
     """
 
@@ -128,6 +129,7 @@ class Rollout:
     reward_timeouts: dict[str, Bool[Tensor, " samples"]] = field(default_factory=dict)
     answers: list[str | None] | None = None
     weights_version: int = 0
+    positions: list[int] = field(default_factory=list)
     masks_truncated: bool = False
 
     def __len__(self) -> int:

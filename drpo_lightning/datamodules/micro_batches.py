@@ -93,7 +93,35 @@ class Split(NamedTuple):
     window: int
     is_packed: bool
 
-    def micro_batch_rows(self, positions: range, lengths: Sequence[int]) -> list[list[int]]:
+    @property
+    def samples_per_block(self) -> int:
+        """Samples of `prompts_per_block` prompts."""
+        return prompts_per_block(self.group_size, self.num_updates) * self.group_size
+
+    def _updates_of_block(self, position: int) -> list[list[int]]:
+        """Which samples of a block each update takes.
+
+        Args:
+            position: of the block's first prompt, see `micro_batch_rows`.
+        """
+        seeds = [seed_of(self.seed, "split", position)]
+        return update_rows(seeds, group_size=self.group_size, num_updates=self.num_updates)
+
+    def block_tokens(self, positions: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        """Tokens that each of this rank's blocks has in each update.
+
+        Args:
+            positions: see `micro_batch_rows`.
+            lengths: likewise.
+        """
+        firsts = positions[:: prompts_per_block(self.group_size, self.num_updates)]
+        starts = range(0, len(lengths), self.samples_per_block)
+        return [
+            [sum(lengths[start + row] for row in rows) for rows in self._updates_of_block(first)]
+            for start, first in zip(starts, firsts, strict=True)
+        ]
+
+    def micro_batch_rows(self, positions: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
         """Samples of each micro-batch of the rollout, the updates one after the other.
 
         Args:
@@ -108,7 +136,7 @@ class Split(NamedTuple):
         )
         batches = []
         for update, rows in enumerate(updates):
-            seed = seed_of(self.seed, "micro-batches", positions.start, update)
+            seed = seed_of(self.seed, "micro-batches", positions[0], update)
             if self.is_packed:
                 batches += balanced_chunks(rows, lengths, num_chunks=self.window, seed=seed)
             else:
@@ -120,7 +148,7 @@ class Split(NamedTuple):
         of_rows = [lengths[row] for row in rows]
         return sum(of_rows) if self.is_packed else len(of_rows) * max(of_rows, default=0)
 
-    def fitting_window(self, positions: range, lengths: Sequence[int], *, max_tokens: int) -> int:
+    def fitting_window(self, positions: Sequence[int], lengths: Sequence[int], *, max_tokens: int) -> int:
         """Fewest micro-batches of an update, from `window` on, of which none has more than `max_tokens`.
 
         As many as an update has samples if none does.
@@ -156,7 +184,12 @@ def update_sizes(rollout: Rollout, micro_batches: Sequence[Sequence[int]], windo
 
 
 def split_rollout(
-    split: Split, positions: range, lengths: Sequence[int], strategy: Strategy, *, max_tokens: int | None = None
+    split: Split,
+    positions: Sequence[int],
+    lengths: Sequence[int],
+    strategy: Strategy,
+    *,
+    max_tokens: int | None = None,
 ) -> tuple[list[list[int]], dict[str, float]]:
     """Splits each rank's rollout into micro-batches. Collective.
 

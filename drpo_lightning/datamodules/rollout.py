@@ -18,6 +18,7 @@ from drpo_lightning.datamodules.optimizer_offload import OptimizerOffload
 from drpo_lightning.datamodules.prompt_encoder import PromptEncoder, PromptFormat
 from drpo_lightning.datamodules.prompt_lengths import OverlongPolicy, without_overlong
 from drpo_lightning.datamodules.prompts import PromptSource
+from drpo_lightning.datamodules.rank_balance import balance_ranks
 from drpo_lightning.datamodules.resumable import ResumableRollouts
 from drpo_lightning.datamodules.rollout_queue import RolloutQueue, check_max_staleness
 from drpo_lightning.datamodules.sampler import RolloutSampler
@@ -78,6 +79,8 @@ class RolloutDataModule(ResumableRollouts):
             the mean of their group. (A softer penalty is `OverlongReward`.)
         in_flight: what becomes of unfinished samples at a weight sync: `continue` draws their next tokens with the new
             weights, `drop` throws away what they have and begins them anew. Without meaning if `max_staleness` is 0.
+        balance_ranks: exchanges prompts, with their samples, among the ranks before they are trained on, so that each
+            has about as many tokens; where micro-batches are packed. It does not change what an update is made of.
         offload_optimizer: keeps the optimizer's state in the host's memory while the engine samples: for a GPU that an
             engine which sleeps between rollouts shares with the training.
         seed: of the order of prompts, of the split into micro-batches, and of seeded requests.
@@ -112,6 +115,7 @@ class RolloutDataModule(ResumableRollouts):
         in_flight: InFlight = "continue",
         dynamic_sampling_rounds: int = 0,
         mask_truncated_completions: bool = False,
+        balance_ranks: bool = True,
         offload_optimizer: bool = False,
         seed: int = 0,
         seeded_requests: bool | None = None,
@@ -156,6 +160,7 @@ class RolloutDataModule(ResumableRollouts):
         self.max_staleness = max_staleness
         self.dynamic_sampling_rounds = dynamic_sampling_rounds
         self.mask_truncated_completions = mask_truncated_completions
+        self.balance_ranks = balance_ranks
         self.offload_optimizer = offload_optimizer
         self.dynamic_sampling_statistics: dict[str, float] = {}
         """What it took to replace prompts without a signal in the last rollout, see `replace_groups`."""
@@ -374,6 +379,8 @@ class RolloutDataModule(ResumableRollouts):
             rollout = self._sample_places(self._places, self._seeds(self._positions(self.iteration)), collect)
             rollout = self._replace_groups(rollout)
         rollout.weights_version = self.iteration
+        rollout.positions = [number for number in self._positions(self.iteration) for _ in range(self.group_size)]
+        rollout = self._balance(rollout)
         if isinstance(module, RolloutPolicy):
             self._score(rollout, module)
         self._apply_settings(rollout)
@@ -417,6 +424,29 @@ class RolloutDataModule(ResumableRollouts):
         self._schedule.add(self.iteration, outcome.samples, num_taken=outcome.num_taken)
         self.dynamic_sampling_statistics = outcome.statistics if max_rounds else {}
         return outcome.rollout
+
+    def _balance(self, rollout: Rollout) -> Rollout:
+        """Exchanges prompts among ranks as far as the settings say. Collective."""
+        num_ranks, split = self._trainer.world_size, self._split_of_samples
+        if not (self.balance_ranks and num_ranks > 1 and split.is_packed):
+            return rollout
+        rank = self._trainer.global_rank
+        balanced = balance_ranks(rollout, split, rank=rank, num_ranks=num_ranks, of_all_ranks=self._of_all_ranks)
+        rows = [self._schedule.rows[number] for number in balanced.prompt_numbers]
+        balanced.columns = {name: [row.get(name) for row in rows] for name in rollout.columns}
+        return balanced
+
+    @property
+    def _split_of_samples(self) -> Split:
+        """How a rollout's samples become updates and micro-batches."""
+        policy = self._trainer.lightning_module
+        return Split(
+            seed=self.seed,
+            group_size=self.group_size,
+            num_updates=self.num_updates,
+            window=int(self._trainer.accumulate_grad_batches),
+            is_packed=isinstance(policy, RolloutPolicy) and policy.is_packed,
+        )
 
     def _requests(self, iteration: int) -> list[Request]:
         """What this rank asks the engine for where it is asked before a rollout's turn."""
@@ -499,17 +529,9 @@ class RolloutDataModule(ResumableRollouts):
             SettingError: if a micro-batch has more than `max_tokens_per_batch`.
         """
         window = int(self._trainer.accumulate_grad_batches)
-        policy = self._trainer.lightning_module
-        split = Split(
-            seed=self.seed,
-            group_size=self.group_size,
-            num_updates=self.num_updates,
-            window=window,
-            is_packed=isinstance(policy, RolloutPolicy) and policy.is_packed,
-        )
         chunks, self.split_statistics = split_rollout(
-            split,
-            self._positions(self.iteration - 1),
+            self._split_of_samples,
+            rollout.positions[:: rollout.group_size],
             rollout.lengths,
             self._trainer.strategy,
             max_tokens=self.max_tokens_per_batch,

@@ -21,11 +21,11 @@ def joined(values: Sequence[Any]) -> Any:  # noqa: ANN401
 
 
 def selected(value: Any, samples: Sequence[int]) -> Any:  # noqa: ANN401
-    """Some samples of a field's value, or of all fields'."""
+    """Some samples of a field's value, or of all fields'; a list that is empty is not filled yet, and stays so."""
     if isinstance(value, Tensor):
         return value[list(samples)]
     if isinstance(value, list):
-        return [value[sample] for sample in samples]
+        return [value[sample] for sample in samples] if value else []
     if isinstance(value, dict):
         return {name: selected(entry, samples) for name, entry in value.items()}
     return value

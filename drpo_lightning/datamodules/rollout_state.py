@@ -24,7 +24,7 @@ def rollout_from_state(state: RolloutState) -> Rollout:
 
 
 def dealt_out(states: Sequence[RolloutState], *, rank: int, num_ranks: int) -> RolloutState:
-    """A rank's part of the rollouts of all ranks: the prompts of the whole are dealt out in order.
+    """A rank's part of the rollouts of all ranks: the prompts of the whole are dealt out in the order of positions.
 
     Args:
         states: the rollout of each rank that was saved, in the order of ranks.
@@ -34,8 +34,9 @@ def dealt_out(states: Sequence[RolloutState], *, rank: int, num_ranks: int) -> R
     if len(states) == num_ranks:
         return states[rank]
     whole = joined(states)
-    samples = len(whole["completions"]) // num_ranks
-    return dict(selected(whole, range(rank * samples, (rank + 1) * samples)))
+    in_order = sorted(range(len(whole["positions"])), key=whole["positions"].__getitem__)
+    samples = len(in_order) // num_ranks
+    return dict(selected(whole, in_order[rank * samples : (rank + 1) * samples]))
 
 
 def check_same_split(saved: Mapping[str, int], present: Mapping[str, int]) -> None:

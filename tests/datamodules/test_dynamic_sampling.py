@@ -1,9 +1,7 @@
 """Dynamic sampling: which prompts are replaced and by which, on any number of ranks, and after any break."""
 
 import math
-import threading
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from drpo_lightning.callbacks import FunctionReward, RolloutStatistics
 from drpo_lightning.datamodules import ArithmeticPrompts, PassRateCurriculum
 from drpo_lightning.datamodules.dynamic_sampling import replace_groups
 from tests.callbacks.conftest import MemoryLogger
+from tests.datamodules.thread_ranks import Ranks
 
 PLACES = st.lists(st.lists(st.sampled_from([0.0, 1.0, math.nan]), min_size=2, max_size=2), min_size=40, max_size=40)
 """Rewards of the two samples at each place of a rollout of 4 prompts and of what may replace them."""
@@ -36,26 +35,6 @@ def rollout_of(places, rewards):
         reward_parts={"one": scores.clone()},
         prompt_numbers=samples,
     )
-
-
-class Ranks:
-    """Runs a function on several threads, each of which is a rank, with a gather among them."""
-
-    def __init__(self, count):
-        self.count = count
-        self.values = [None] * count
-        self.barrier = threading.Barrier(count, timeout=20)
-
-    def gather(self, rank, value):
-        self.values[rank] = value
-        self.barrier.wait()
-        values = list(self.values)
-        self.barrier.wait()
-        return values
-
-    def run(self, function):
-        with ThreadPoolExecutor(self.count) as pool:
-            return list(pool.map(function, range(self.count)))
 
 
 @given(PLACES, st.integers(0, 3), st.sampled_from([1, 2, 4]))

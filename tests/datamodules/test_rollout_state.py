@@ -18,6 +18,8 @@ VALUES = {
 }
 """A sample's entry in a list of some type."""
 
+OF_ALL_SAMPLES = {"group_size": GROUP, "weights_version": 7, "masks_truncated": True, "columns": {}}
+
 
 def values_of(field, samples):
     """A value for any field of a rollout, which tells one sample from the other; an unknown kind of field fails."""
@@ -27,12 +29,8 @@ def values_of(field, samples):
             Completion([s, s + 1], [-0.5 * s, -1.0], "stop", torch.full((2, 3), s), torch.full((2, 3), -1.0 * s))
             for s in samples
         ]
-    if field.name == "group_size":
-        return GROUP
-    if field.name == "weights_version":
-        return 7
-    if field.name == "columns":
-        return {}
+    if field.name in OF_ALL_SAMPLES:
+        return OF_ALL_SAMPLES[field.name]
     if kind.startswith("dict") and "Bool" in kind:
         return {"one": torch.tensor(samples) % 2 == 0, "two": torch.tensor(samples) % 3 == 0}
     if kind.startswith("dict"):
