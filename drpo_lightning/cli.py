@@ -58,8 +58,9 @@ HINTS = {
     "2, tensor_parallel_size: 1}}.",
     "No supported gpu backend": "`trainer.accelerator: gpu` needs a GPU that PyTorch sees; `drpo doctor` says what is "
     "missing, and `cpu` trains without.",
+    'key "model.model"': "Give a configuration that sets it, `--config FILE`: `drpo init` writes one.",
 }
-"""What helps beyond Lightning's own messages, by a part of them."""
+"""What helps beyond messages that are not our own, by a part of them."""
 
 
 class DRPOCommandLine(LightningCLI):
@@ -84,9 +85,11 @@ class DRPOCommandLine(LightningCLI):
         }
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:  # noqa: ANN401
-        """A parser whose errors are one message; Lightning's stand below a page of options."""
+        """A parser whose errors are one message, with hints; Lightning's stand below a page of options."""
         parser = super().init_parser(**kwargs)
         parser.print_usage = lambda *_: None  # type: ignore[method-assign]
+        report = parser.error
+        parser.error = lambda message, ex=None: report(with_hints(message), ex)  # type: ignore[method-assign]
         return parser
 
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:  # noqa: ANN401
@@ -147,6 +150,7 @@ class DRPOCommandLine(LightningCLI):
         ):
             verbose = bool(self._get(self.config_init, "verbose"))
             trainer_config["callbacks"] = [*callbacks, RolloutProgress(verbose=verbose)]
+        _check_callbacks(callbacks)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU")  # an error below
             trainer = super().instantiate_trainer(**kwargs)
@@ -181,7 +185,10 @@ class DRPOCommandLine(LightningCLI):
         config["ckpt_path"] = checkpoint_to_resume(self.trainer, asked)
         if asked == "last" and config["ckpt_path"] is None:
             folders = ", ".join(map(str, checkpoint_folders(self.trainer)))
-            raise SettingError(f"`--ckpt_path last`: there is no checkpoint in {folders or 'any folder'}")
+            raise SettingError(
+                f"`--ckpt_path last`: there is no checkpoint in {folders or 'any folder of these loggers'}; train "
+                "first, or leave it out to validate `model.model` as it is"
+            )
         if not any(isinstance(callback, ValidationTable) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             config["verbose"] = True
         claim_log_folders(self.trainer, self.held)
@@ -197,13 +204,20 @@ class DRPOCommandLine(LightningCLI):
         """Lets the configuration win over hyperparameters that a checkpoint may hold."""
 
 
+def _check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Refuses what an item without a class becomes: Lightning's base class, which does nothing."""
+    for i, callback in enumerate(callbacks):
+        if type(callback) is Callback:
+            raise SettingError(f"`trainer.callbacks` item {i} has no `class_path`; name its class, or leave it out")
+
+
 def _imported(path: str) -> Any:  # noqa: ANN401
     """The class at an import path."""
     module, _, name = path.rpartition(".")
     return getattr(import_module(module), name)
 
 
-def with_hints(error: Exception) -> str:
+def with_hints(error: Exception | str) -> str:
     """An error's message, and what helps beyond it."""
     return " ".join([str(error), *(hint for part, hint in HINTS.items() if part in str(error))])
 

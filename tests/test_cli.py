@@ -156,6 +156,15 @@ def test_a_bad_setting_is_refused_before_anything_is_loaded(run, capsys, argumen
     assert re.search(message, text), text
 
 
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_without_a_configuration_the_way_to_one_is_shown(monkeypatch, capsys, command):
+    monkeypatch.setattr(sys, "argv", ["drpo", command])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert re.search(r'key "model\.model".*`--config FILE`: `drpo init` writes one', capsys.readouterr().err, re.DOTALL)
+
+
 def test_a_single_callback_need_not_be_a_list(build):
     cli = build(*ON_CPU, "--trainer.callbacks=drpo_lightning.callbacks.ExactMatchReward")
     assert {"ExactMatchReward", "RolloutProgress"} <= {type(callback).__name__ for callback in cli.trainer.callbacks}
@@ -175,6 +184,15 @@ def test_what_is_null_in_a_file_is_named(run, capsys, tmp_path, section, message
     with pytest.raises(SystemExit) as stop:
         run(*ON_CPU, f"--config={file}")
     assert re.search(message, f"{capsys.readouterr().err} {stop.value.code}")
+
+
+def test_a_callback_without_a_class_is_refused(run, capsys, tmp_path):
+    config = yaml.safe_load(QUICKSTART.read_text())
+    config["trainer"]["callbacks"].insert(3, {})  # Lightning's base class, which does nothing
+    (tmp_path / "nothing.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        run(*ON_CPU, config=tmp_path / "nothing.yaml")
+    assert "`trainer.callbacks` item 3 has no `class_path`; name its class" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

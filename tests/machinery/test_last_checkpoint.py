@@ -82,6 +82,7 @@ def test_validating_the_last_checkpoint_needs_one(drpo, tmp_path):
     with pytest.raises(SystemExit) as error:
         drpo("validate", "--ckpt_path=last")
     assert "`--ckpt_path last`: there is no checkpoint in" in str(error.value.code)
+    assert str(error.value.code).endswith("or leave it out to validate `model.model` as it is")
 
 
 def test_a_version_that_is_configured_is_the_only_one_that_is_looked_at(runs, tmp_path, caplog):
