@@ -175,7 +175,10 @@ def check_limits() -> Iterator[Finding]:
         free = shutil.disk_usage(there).free / GIB
         found = f"{free:.0f} GiB free in {folder}"
         if not os.access(there, os.W_OK):
-            yield Finding("problem" if name != "model cache" else "note", name, f"{folder} cannot be written to")
+            advice = {"this folder": "run from another folder", "temporary files": "set TMPDIR to another folder"}
+            status: Literal["note", "problem"] = "problem" if name in advice else "note"
+            way_out = advice.get(name, "set HF_HOME to another folder")
+            yield Finding(status, name, f"{folder} cannot be written to", way_out)
         elif free < MIN_DISK_GIB:
             yield Finding("note", name, found, "a checkpoint with AdamW takes 12 bytes per parameter; make room")
         else:

@@ -7,6 +7,7 @@ import sys
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 
@@ -122,6 +123,50 @@ def test_few_open_files_and_a_full_disk_are_noted(monkeypatch):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert findings["open files"].advice == f"ulimit -n {doctor.MIN_FILES}"
     assert findings["this folder"].status == "note"
+
+
+def test_folders_that_cannot_be_written_to_have_a_way_out(monkeypatch):
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)  # root may write anywhere
+    findings = {f.subject: f for f in found(doctor.check_limits) if "cannot be written to" in f.found}
+    assert {name: finding.status for name, finding in findings.items()} == {
+        "this folder": "problem", "temporary files": "problem", "model cache": "note"
+    }  # fmt: skip
+    assert "TMPDIR" in findings["temporary files"].advice
+    assert all(finding.advice for finding in findings.values())
+
+
+def test_without_loopback_ranks_cannot_meet(monkeypatch):
+    def refuse(*_):
+        raise PermissionError("Operation not permitted")
+
+    assert [finding.status for finding in found(doctor.check_ports)] == ["ok"]
+    monkeypatch.setattr(doctor.socket, "create_server", refuse)
+    (finding,) = found(doctor.check_ports)
+    assert (finding.status, finding.found) == ("problem", "Operation not permitted")
+    assert finding.advice
+
+
+def test_a_driver_whose_gpu_torch_does_not_see_is_a_problem(monkeypatch, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    problem, cpu = found(doctor.check_accelerator)
+    assert problem.status == "problem"
+    assert "CUDA_VISIBLE_DEVICES" in problem.advice
+    assert cpu.status == "note"
+
+
+def test_a_gpu_is_shown_and_one_without_bfloat16_has_a_precision_to_set(monkeypatch):
+    gpu = SimpleNamespace(name="NVIDIA T4", total_memory=16 * 2**30)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: gpu)
+    for has_bfloat16, status, advice in ((True, "ok", ""), (False, "note", "`trainer.precision: 16-mixed`")):
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda has=has_bfloat16: has)
+        findings = found(doctor.check_accelerator)
+        assert [(f.subject, f.status) for f in findings] == [("GPU 0", status), ("GPU 1", status)]
+        assert all(f.found.startswith("NVIDIA T4, 16 GiB") and advice in f.advice for f in findings)
 
 
 def test_the_command_shows_a_table_and_says_whether_there_is_a_problem(tmp_path):
