@@ -22,7 +22,10 @@ UNPICKLES = (
     "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load", "marshal.loads", "shelve.open", "dill.load",
     "cloudpickle.load", "cloudpickle.loads", "joblib.load", "yaml.load", "yaml.unsafe_load", "numpy.load", "np.load",
 )  # fmt: skip
+COLLECTIVES = ("_object", "_object_list")
+"""Ends of the names of collectives that pickle what they send."""
 IMPORTS = ("importlib.import_module", "import_module", "runpy.run_module", "runpy.run_path")
+RANKS = "of the run's own ranks, which must be on a private network: SECURITY.md"
 ALLOWED = {
     ("cli.py", "import_module"): "a class that the configuration names, which is code",
     ("callbacks/rewards.py", "importlib.import_module"): "a function that the configuration names, which is code",
@@ -40,6 +43,12 @@ ALLOWED = {
     ("completion.py", "subprocess.run"): "this package's own help, by a table of commands, without a shell",
     ("doctor.py", "subprocess.run"): "a fixed command of the interpreter, without a shell",
     ("serve.py", "os.execve"): "becomes vLLM's server; a list of words that the command line gives, without a shell",
+    ("rollout/ranks.py", "dist.broadcast_object_list"): RANKS,
+    ("rollout/ranks.py", "dist.all_gather_object"): RANKS,
+    ("rollout/node.py", "dist.scatter_object_list"): RANKS,
+    ("rollout/node.py", "dist.gather_object"): RANKS,
+    ("rollout/node.py", "dist.all_gather_object"): RANKS,
+    ("ranks.py", "torch.distributed.all_gather_object"): RANKS,
     ("rewards/code_execution.py", "subprocess.run"): "a fixed command, without a shell, in a process that is confined",
     (
         "rewards/code_execution.py",
@@ -60,7 +69,8 @@ def calls(file):
 
 def is_dangerous(name):
     is_pipe = name.lower().endswith("connection.recv")  # of `multiprocessing`, which unpickles
-    return name in RUNS_CODE or name.startswith(STARTS) or name in UNPICKLES or name in IMPORTS or is_pipe
+    is_collective = name.startswith(("dist.", "torch.distributed.", "distributed.")) and name.endswith(COLLECTIVES)
+    return name in {*RUNS_CODE, *UNPICKLES, *IMPORTS} or name.startswith(STARTS) or is_pipe or is_collective
 
 
 def is_literal(node):
@@ -112,6 +122,8 @@ def test_every_exception_is_still_needed():
         "x.format(1)",
         "texts[0].format_map(x)",
         "class Reader(pickle.Unpickler): pass",
+        "dist.all_gather_object(values, value)",
+        "self._connection.recv()",
     ],
 )
 def test_it_would_be_found(code, monkeypatch, tmp_path):
