@@ -40,7 +40,7 @@ unit: setup
 
 test-docs: setup
 	@$(RUN) -m pip install -q "mkdocs-material>=9.8" "mkdocstrings[python]>=1.0"
-	@$(RUN) -m pytest -m docs tests/test_docs.py tests/test_examples.py
+	@$(RUN) -m pytest tests/test_docs.py tests/test_examples.py tests/test_rewards_guide.py tests/reliability/test_own_reward.py
 
 test-browser: setup
 	@$(RUN) -m pip install -q "selenium>=4.30"
@@ -54,7 +54,8 @@ soak: setup
 
 audit: setup
 	@$(RUN) -m pip install -q "pip-audit>=2.9"
-	@$(RUN) -m pip_audit -r requirements/cpu.lock --no-deps --disable-pip
+	@grep -oh 'torch==[0-9.]*' scripts/set_up.py | cat - requirements/cpu.lock > .venv/audited.txt
+	@$(RUN) -m pip_audit -r .venv/audited.txt --no-deps --disable-pip
 
 study: setup
 	@$(RUN) -m study
