@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,12 @@ def test_the_package_imports_nothing_heavy():
 @pytest.mark.parametrize("option", ["--help", "-h", "--version"])
 def test_the_command_answers_about_itself_without_torch(option):
     assert modules_after(f"import runpy, sys\nsys.argv = ['drpo', '{option}']\n{RUN_MAIN}") == "[]"
+
+
+def test_the_help_comes_within_two_seconds():
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-m", PACKAGE, "--help"], capture_output=True, check=True)
+    assert time.monotonic() - started < 2
 
 
 def test_an_unknown_command_exits_with_2_and_the_usage():

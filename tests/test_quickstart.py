@@ -43,18 +43,28 @@ def fit_arguments(folder, *arguments):
 
 @pytest.fixture(scope="module")
 def finished(environment, tmp_path_factory):
-    """The quickstart, three rollouts long: its log folder and what it printed."""
+    """The quickstart, three rollouts long: its log folder, what it printed, and the time at which it was started."""
     folder = tmp_path_factory.mktemp("a run")
+    started = time.time()
     command = drpo(*fit_arguments(folder, "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=3"))
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return folder / "run" / "version_0", result.stdout + result.stderr
+    return folder / "run" / "version_0", result.stdout + result.stderr, started
+
+
+def test_the_first_update_comes_within_a_minute(finished):
+    folder, _, started = finished
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    first = events.Scalars("optim/loss")[0]
+    assert first.step == 1
+    assert first.wall_time - started < 60
 
 
 def test_the_run_says_its_regime_its_batches_and_its_result(finished):
-    folder, printed = finished
+    folder, printed, _ = finished
     assert "DRPO(delta=0.2): trust-region regime" in printed
     assert "64 prompts x 8 samples = 512 completions -> 4 updates of 128" in printed
     before, after = map(float, re.search(r"held-out pass@1: (\S+) before -> (\S+) after", printed).groups())
@@ -87,7 +97,7 @@ def test_the_first_update_sees_only_the_mismatch_of_two_engines(finished):
 
 
 def test_the_exported_policy_loads_in_transformers_and_vllm_and_scores_the_same(finished, environment, tmp_path):
-    folder, printed = finished
+    folder, printed, _ = finished
     policy = AutoModelForCausalLM.from_pretrained(folder / "policy")
     original = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "arithmetic")
     assert not torch.equal(policy.model.norm.weight, original.model.norm.weight)
@@ -105,7 +115,7 @@ def test_the_exported_policy_loads_in_transformers_and_vllm_and_scores_the_same(
 
 
 def test_a_checkpoint_is_exported_as_the_same_policy(finished, tmp_path):
-    folder, _ = finished
+    folder, *_ = finished
     command = drpo("export", "--ckpt", folder / "checkpoints" / "last.ckpt", "--out", tmp_path / "policy")
     subprocess.run(command, cwd=ROOT, check=True, timeout=TIMEOUT_SECONDS, capture_output=True)
     ours, exported = (
