@@ -9,7 +9,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from jsonargparse.typing import restricted_number_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
@@ -23,6 +23,7 @@ from drpo_lightning.datamodules import RolloutDataModule
 from drpo_lightning.disk import DiskFullError
 from drpo_lightning.errors import SettingError
 from drpo_lightning.modules import PolicyModule
+from drpo_lightning.modules.checks import check_optimizer_settings, check_trainer
 from drpo_lightning.output_folders import claim_log_folders, claim_output_folders
 from drpo_lightning.resume import (
     checkpoint_folders,
@@ -117,6 +118,8 @@ class DRPOCommandLine(LightningCLI):
         """Builds everything; a value that a class refuses is an error of the command line."""
         try:
             super().instantiate_classes()
+            check_trainer(self.trainer)
+            check_optimizer_settings(self.model.make_optimizer, self.model.make_lr_scheduler)
         except ValueError as error:
             self.parser.error(with_hints(error))
         except (TypeError, AttributeError) as error:  # null passes for any type in the parser
@@ -143,6 +146,8 @@ class DRPOCommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
         """Adds the progress bar, unless the configuration has one or wants none."""
         trainer_config = self._get(self.config_init, "trainer")
+        if not isinstance(trainer_config, Namespace):
+            raise SettingError(f"`trainer` must hold settings, got {trainer_config!r}")
         callbacks = trainer_config.get("callbacks") or []
         callbacks = [callbacks] if isinstance(callbacks, Callback) else callbacks
         if trainer_config.get("enable_progress_bar") is not False and not any(
@@ -153,7 +158,10 @@ class DRPOCommandLine(LightningCLI):
         _check_callbacks(callbacks)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU")  # an error below
-            trainer = super().instantiate_trainer(**kwargs)
+            try:
+                trainer = super().instantiate_trainer(**kwargs)
+            except (TypeError, OverflowError) as error:  # of `devices`, which may be numbers, lists and words
+                raise SettingError(f"`trainer` cannot be made: {error}") from error
         if trainer_config.get("precision") in ("16-mixed", "16", 16) and trainer.strategy.root_device.type == "cpu":
             raise SettingError(
                 "`trainer.precision` 16-mixed needs a CUDA GPU: on a CPU Lightning would take bf16-mixed instead; set "

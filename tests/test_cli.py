@@ -140,6 +140,17 @@ def test_verbose_is_the_progress_bars(build):
             [f"--trainer.strategy={FSDP2}", "--trainer.precision=16-mixed"],
             r"does not support .*16-mixed.*Choose a different precision among",
         ),
+        (["--trainer.devices=-1"], r"`trainer` cannot be made: `devices` .*should be an int > 0"),
+        (["--trainer.accumulate_grad_batches=0"], r"`trainer\.accumulate_grad_batches` must be at least 1.*got 0"),
+        (
+            ["--trainer.gradient_clip_val=-1"],
+            r"`trainer\.gradient_clip_val` must be 0 \(no clipping\) or positive, got -1",
+        ),
+        (["--model.optimizer.lr=-1"], r"`model\.optimizer` cannot be made: Invalid learning rate: -1"),
+        (
+            ["--model.lr_scheduler=LinearLR", "--model.lr_scheduler.start_factor=-1"],
+            r"`model\.lr_scheduler` cannot be made: Starting multiplicative factor expected",
+        ),
         (["--trainer.callbacks+=my_rewards.Missing"], r"my_rewards\.Missing"),
         (
             ["--trainer.callbacks+=FunctionReward", "--trainer.callbacks.function=my_rewards.missing"],
@@ -175,8 +186,9 @@ def test_a_single_callback_need_not_be_a_list(build):
     [
         ({"data": {"num_prompts": None}}, r"has a default: data\.num_prompts\n"),
         ({"model": {"objective": None}}, r"has a default: model\.objective\n"),
+        ({"trainer": {"accumulate_grad_batches": None}}, r"`trainer\.accumulate_grad_batches` must be .* got None\n"),
     ],
-    ids=["number", "object"],
+    ids=["number", "object", "trainer"],
 )
 def test_what_is_null_in_a_file_is_named(run, capsys, tmp_path, section, message):
     file = tmp_path / "null.yaml"
@@ -184,6 +196,17 @@ def test_what_is_null_in_a_file_is_named(run, capsys, tmp_path, section, message
     with pytest.raises(SystemExit) as stop:
         run(*ON_CPU, f"--config={file}")
     assert re.search(message, f"{capsys.readouterr().err} {stop.value.code}")
+
+
+@pytest.mark.parametrize("value", [None, -1, ["nonsense"]])
+def test_a_trainer_that_holds_no_settings_is_refused(monkeypatch, capsys, tmp_path, value):
+    config = yaml.safe_load(QUICKSTART.read_text()) | {"trainer": value}
+    (tmp_path / "trainer.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["drpo", "fit", f"--config={tmp_path / 'trainer.yaml'}"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "`trainer` must hold settings, got" in capsys.readouterr().err
 
 
 def test_a_callback_without_a_class_is_refused(run, capsys, tmp_path):

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
@@ -98,6 +99,31 @@ def check_optimizer(optimizer: torch.optim.Optimizer, precision: str) -> None:
         raise SettingError(
             "`model.optimizer` with `fused: true` takes the loss scale off the gradient inside its step: with "
             "`trainer.precision` 16-mixed it would be clipped and logged with it; leave `fused` out"
+        )
+
+
+def check_optimizer_settings(make_optimizer: OptimizerCallable, make_lr_scheduler: LRSchedulerCallable | None) -> None:
+    """Makes optimizer and schedule of one parameter: raises `SettingError` if they refuse their settings."""
+    setting = "optimizer"
+    try:
+        optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
+        setting = "lr_scheduler"
+        if make_lr_scheduler is not None:
+            make_lr_scheduler(optimizer)
+    except (ValueError, TypeError) as error:
+        raise SettingError(f"`model.{setting}` cannot be made: {error}") from error
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raises `SettingError` for numbers that Lightning takes and that mean nothing."""
+    if (trainer.accumulate_grad_batches or 0) < 1:  # null passes the parser
+        raise SettingError(
+            "`trainer.accumulate_grad_batches` must be at least 1, the micro-batches of an update, got "
+            f"{trainer.accumulate_grad_batches}"
+        )
+    if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
+        raise SettingError(
+            f"`trainer.gradient_clip_val` must be 0 (no clipping) or positive, got {trainer.gradient_clip_val}"
         )
 
 
