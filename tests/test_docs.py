@@ -195,6 +195,12 @@ def test_a_configuration_in_the_documentation_is_accepted(block, tmp_path, monke
     parsed(monkeypatch, "fit", "--config", "configs/quickstart.yaml", "--config", tmp_path / "block.yaml")
 
 
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "bash"], ids=str)
+def test_shell_in_the_documentation_is_well_formed(block):
+    read = subprocess.run(["bash", "-n"], input=block.code, capture_output=True, text=True, check=False)
+    assert (read.returncode, read.stderr) == (0, "")
+
+
 def commands(block):
     """The `drpo fit` and `drpo validate` lines of a block, as lists of arguments."""
     for line in block.code.replace("\\\n", " ").splitlines():
