@@ -245,6 +245,8 @@ def check_batch_sizes(*, num_prompts: int, group_size: int, num_updates: int, wi
     Raises:
         SettingError: if not, naming the settings.
     """
+    if window < 1:
+        raise SettingError(f"`trainer.accumulate_grad_batches` must be at least 1, got {window}")
     if num_prompts % num_ranks:
         raise SettingError(f"`data.num_prompts` {num_prompts} must be a multiple of the {num_ranks} ranks")
     samples = num_prompts * group_size // num_ranks
