@@ -226,11 +226,12 @@ def test_two_ranks_killed_at_random_moments_end_as_two_that_never_were(
 
 
 @pytest.mark.reliability
-def test_a_run_on_vllm_that_is_killed_ends_as_one_that_never_was(lives, whole, tmp_path):
+@pytest.mark.parametrize("process", ["in_process", "own"])
+def test_a_run_on_vllm_that_is_killed_ends_as_one_that_never_was(lives, whole, tmp_path, process):
     pytest.importorskip("vllm")
-    vllm = "{class_path: drpo_lightning.rollout.VLLMEngine, init_args: {dtype: float32, enforce_eager: true}}"
+    vllm = f"{{class_path: drpo_lightning.rollout.VLLMEngine, init_args: {{dtype: float32, process: {process}}}}}"
     arguments = ("--trainer.max_epochs=3", f"--data.engine={vllm}")
-    run_to_its_end(lives, tmp_path, ["backward:3:0", "write:1:0.5"], *arguments)
+    run_to_its_end(lives, tmp_path, ["sampling:2:0", "backward:3:0", "write:1:0.5"], *arguments)
     assert_ended_alike(tmp_path, whole(*arguments))
 
 

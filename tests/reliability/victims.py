@@ -141,6 +141,10 @@ class Killer(Callback, RolloutHooks):
         if self.moment.comes_by("rollout"):
             threading.Timer(0.3 * self.moment.fraction, die).start()
 
+    def on_engine_refresh(self, trainer, pl_module, engine):
+        if self.moment.comes_by("sampling"):
+            threading.Timer(0.05, die).start()
+
     def on_rollout_end(self, trainer, pl_module, rollout):
         if self.moment.comes_by("rolled"):
             die()
