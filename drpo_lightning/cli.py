@@ -5,7 +5,6 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib import import_module
 from inspect import signature
 from typing import Any
 
@@ -22,6 +21,7 @@ from drpo_lightning.callbacks.end_request import Terminated
 from drpo_lightning.datamodules import RolloutDataModule
 from drpo_lightning.disk import DiskFullError
 from drpo_lightning.errors import SettingError
+from drpo_lightning.hints import imported, with_hints
 from drpo_lightning.modules import PolicyModule
 from drpo_lightning.modules.checks import check_optimizer_settings, check_trainer
 from drpo_lightning.output_folders import claim_log_folders, claim_output_folders
@@ -53,15 +53,6 @@ COMMAND_LINE: dict[str, Any] = {
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)], docstring="What numpy takes as a seed.")
 
 SECTIONS = {"model": PolicyModule, "data": RolloutDataModule}
-HINTS = {
-    "requires a GPU accelerator": "Or take `ddp` or ModelParallelStrategy, which run on a CPU.",
-    "invalid strategy name": "A class is written {class_path: ModelParallelStrategy, init_args: {data_parallel_size: "
-    "2, tensor_parallel_size: 1}}.",
-    "No supported gpu backend": "`trainer.accelerator: gpu` needs a GPU that PyTorch sees; `drpo doctor` says what is "
-    "missing, and `cpu` trains without.",
-    'key "model.model"': "Give a configuration that sets it, `--config FILE`: `drpo init` writes one.",
-}
-"""What helps beyond messages that are not our own, by a part of them."""
 
 
 class DRPOCommandLine(LightningCLI):
@@ -90,7 +81,7 @@ class DRPOCommandLine(LightningCLI):
         parser = super().init_parser(**kwargs)
         parser.print_usage = lambda *_: None  # type: ignore[method-assign]
         report = parser.error
-        parser.error = lambda message, ex=None: report(with_hints(message), ex)  # type: ignore[method-assign]
+        parser.error = lambda message, ex=None: report(with_hints(message, option_names(parser)), ex)  # type: ignore[method-assign]
         return parser
 
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:  # noqa: ANN401
@@ -138,7 +129,7 @@ class DRPOCommandLine(LightningCLI):
                 section, _, argument = name.partition(".")
                 parameter = signature(SECTIONS[section]).parameters.get(argument)
                 return defaults.get(name) if parameter is None else parameter.default
-            return signature(_imported(config[f"{holder}.class_path"])).parameters[argument].default
+            return signature(imported(config[f"{holder}.class_path"])).parameters[argument].default
 
         ours = [name for name, value in config.items() if value is None and name.partition(".")[0] in SECTIONS]
         return [name for name in ours if default(name) is not None]
@@ -219,15 +210,13 @@ def _check_callbacks(callbacks: Sequence[Callback]) -> None:
             raise SettingError(f"`trainer.callbacks` item {i} has no `class_path`; name its class, or leave it out")
 
 
-def _imported(path: str) -> Any:  # noqa: ANN401
-    """The class at an import path."""
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)
-
-
-def with_hints(error: Exception | str) -> str:
-    """An error's message, and what helps beyond it."""
-    return " ".join([str(error), *(hint for part, hint in HINTS.items() if part in str(error))])
+def option_names(parser: LightningArgumentParser) -> set[str]:
+    """Every option of a parser and of its subcommands."""
+    names = {action.dest for action in parser._actions}
+    for action in parser._actions:
+        for subparser in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
+            names |= option_names(subparser)
+    return names
 
 
 def with_values_of_flags(arguments: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ FLOORS = {
     "addresses": 0,
     "changes": 0,
     "console": 0,
+    "hints": 0,
     "noise": 0,
     "packages": 0,
     "ranks": 0,

@@ -116,7 +116,10 @@ def test_verbose_is_the_progress_bars(build):
     [
         (["--model.objective.delta=-1"], r"`delta` must be positive, in units of probability, got -1"),
         (["--model.objective.delta=.nan"], r"`delta` must be positive, in units of probability, got nan"),
-        (["--model.objective.dleta=1"], r"dleta"),
+        (["--model.objective.dleta=1"], r"'dleta' is not accepted Is `delta` meant\?"),
+        (["--data.group_sise=4"], r"--data\.group_sise=4 Is `data\.group_size` meant\?"),
+        (["--trainer.max_epoch=4"], r"Is `trainer\.max_epochs` meant\?"),
+        (["--data.nothing_alike=4"], r"--data\.nothing_alike=4\s*$"),
         (["--model.objective=Nonsense"], r"Nonsense"),
         (["--model.lr=1"], r"model\.lr"),
         (["--data.group_size=1"], r"`data\.group_size` must be at least 2, got 1"),
@@ -165,6 +168,13 @@ def test_a_bad_setting_is_refused_before_anything_is_loaded(run, capsys, argumen
     assert stop.value.code == 2
     text = capsys.readouterr().err
     assert re.search(message, text), text
+
+
+def test_a_misspelt_name_in_a_file_is_answered_by_the_one_that_is_meant(run, capsys, tmp_path):
+    (tmp_path / "more.yaml").write_text("data: {num_promts: 4}")
+    with pytest.raises(SystemExit):
+        run(f"--config={tmp_path / 'more.yaml'}")
+    assert re.search(r"'data\.num_promts' Is `data\.num_prompts` meant\?", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("command", ["fit", "validate"])

@@ -66,7 +66,8 @@ class RunSummary(Callback):
             if figures := {step: metrics[key] for step, metrics in moments if key in metrics}:
                 parts = [f"{value:.3f} {_moment(step, trainer.global_step)}" for step, value in figures.items()]
                 since = trainer.global_step - max(figures)
-                lines.append(f"held-out {label}: {' -> '.join(parts)}" + f", {since} updates before the end" * (since > 0))
+                ending = f", {since} updates before the end" if since else ""
+                lines.append(f"held-out {label}: {' -> '.join(parts)}{ending}")
         if log_dir:
             lines.append(f"logs:    {log_dir}")
         lines += [f"policy:  {folder}" for folder in exported]
