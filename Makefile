@@ -9,7 +9,7 @@
 # make study        makes the study's runs that are not in study/results.jsonl yet, and docs/study.md from them
 PYTHON ?= python3
 RUN := .venv/bin/python
-WORKERS ?= 2
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -lt 4 ] && echo $$n || echo 4)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup quickstart test test-docs test-browser test-reliability soak audit lint types unit gpu study study-smoke format lock

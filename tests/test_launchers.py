@@ -33,7 +33,7 @@ def slurm(rank, port):
     }
 
 
-@pytest.mark.parametrize("launch", [torchrun, slurm])
+@pytest.mark.parametrize("launch", [torchrun, pytest.param(slurm, marks=pytest.mark.reliability)])
 def test_two_nodes_make_one_run(launch, tmp_path):
     port = free_port()
     arguments = ["fit", "--config=configs/quickstart.yaml", "--data.engine=drpo_lightning.rollout.TransformersEngine"]

@@ -148,7 +148,7 @@ def children(pid):
     return found - {pid}
 
 
-@pytest.mark.parametrize("engine_process", ["in_process", "own"])
+@pytest.mark.parametrize("engine_process", ["in_process", pytest.param("own", marks=pytest.mark.reliability)])
 def test_ctrl_c_ends_the_engine_and_keeps_a_checkpoint(environment, tmp_path, engine_process):
     arguments = fit_arguments(
         tmp_path, "--trainer.max_epochs=1000", f"--data.engine.init_args.process={engine_process}"
@@ -186,6 +186,7 @@ def test_ctrl_c_ends_the_engine_and_keeps_a_checkpoint(environment, tmp_path, en
     assert (tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt").is_file(), log.read_text()[-3000:]
 
 
+@pytest.mark.reliability
 def test_two_ranks_have_an_engine_each(environment, tmp_path):
     arguments = fit_arguments(
         tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=2", "--data.num_prompts=8"

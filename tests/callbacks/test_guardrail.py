@@ -322,6 +322,7 @@ def test_the_default_rules_are_those_that_the_docstring_explains():
 # ---------------------------------------------------------------- from the command line, on two ranks
 
 
+@pytest.mark.reliability
 def test_on_two_ranks_a_configured_guardrail_stops_the_command_with_status_0(tmp_path):
     callbacks = [
         ("rollout_statistics.RolloutStatistics", {}),

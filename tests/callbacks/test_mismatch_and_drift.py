@@ -355,6 +355,7 @@ def logged(folder, *arguments):
     return scalars, table.tensor_proto.string_val[0].decode()
 
 
+@pytest.mark.reliability
 def test_two_ranks_count_what_one_does(tmp_path):
     (whole, whole_table), (ranks, ranks_table) = (
         logged(tmp_path / name, *arguments)

@@ -120,6 +120,7 @@ def rank_1(pid):
     raise LookupError(f"process {pid} has no rank 1")
 
 
+@pytest.mark.reliability
 def test_an_interrupt_of_one_rank_ends_both_with_a_checkpoint(finished, tmp_path):
     log = tmp_path / "printed"
     resume = f"--ckpt_path={finished / 'checkpoints' / 'last.ckpt'}"

@@ -27,6 +27,7 @@ def test_validate_on_the_command_line_prints_a_table(drpo, capsys):
     assert re.search(r"^ *all +\d+ +0\.\d+", capsys.readouterr().out, re.MULTILINE)
 
 
+@pytest.mark.reliability
 def test_two_ranks_with_lightnings_defaults_train_as_one(drpo, tmp_path):
     """No sampler of Lightning's reshuffles, one decision to stop, one checkpoint."""
     callbacks = "[ExactMatchReward, PolicyShift, RolloutStatistics, PolicyCheckpoint, {class_path: EarlyStopping, "

@@ -135,6 +135,7 @@ def test_activations_that_are_computed_again_change_nothing(name):
     assert_unchanged_by(PACKED[name], gradient_checkpointing=True)
 
 
+@pytest.mark.reliability
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, while it compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
