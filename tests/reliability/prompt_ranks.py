@@ -31,13 +31,14 @@ class Watch(Callback, RolloutHooks):
         self.dynamic_sampling = []
 
     def on_rollout_end(self, trainer, pl_module, rollout):
-        parts = [rollout.prompt_numbers]
+        own = sorted(zip(rollout.positions, rollout.prompt_numbers, strict=True))  # ranks may have exchanged some
+        parts = [own]
         if trainer.world_size > 1:
             parts = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, rollout.prompt_numbers)
+            torch.distributed.all_gather_object(parts, own)
         figures = trainer.datamodule.dynamic_sampling_statistics
         self.dynamic_sampling.append({name: value for name, value in figures.items() if name != "seconds"})
-        self.prompts.append([number for part in parts for number in part])
+        self.prompts.append([number for _, number in sorted(pair for part in parts for pair in part)])
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.figures.append({key: float(v) for key, v in trainer.callback_metrics.items() if key.startswith("data/")})

@@ -159,7 +159,7 @@ def run_to_its_end(lives, folder, kills, *arguments, **settings):
     printed = []
     for kill in [*kills, ""]:
         place, count, fraction, caught, status = f"{kill}:::::".split(":")[:5]
-        timed = {"signal_number": signal.SIGKILL, "after_seconds": 4 * float(fraction)} if place == "seconds" else {}
+        timed = {"signal_number": signal.SIGKILL, "after_seconds": 3 * float(fraction)} if place == "seconds" else {}
         moment = f"{place}:{count}:{fraction}" if kill else ""
         statuses, output = lives.live(
             folder, "--ckpt_path=last", *arguments, kill=moment, caught=caught, **settings, **timed
@@ -200,7 +200,7 @@ def test_a_run_killed_in_a_save_a_rollout_and_an_update_ends_as_one_that_never_w
 
 @pytest.mark.reliability
 def test_a_run_killed_at_twenty_random_moments_ends_as_one_that_never_was(lives, whole, tmp_path, record_property):
-    arguments = ("--trainer.max_epochs=18",)
+    arguments = ("--trainer.max_epochs=40",)  # a fast machine is not done with it before the last kill
     kills = moments(20, seed=1)
     printed = run_to_its_end(lives, tmp_path, kills, *arguments)
     record_property("kills", str(Counter(kill.split(":")[0] for kill in kills)))
@@ -208,7 +208,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_one_that_never_was(lives,
     assert half_written(printed) >= 2
     assert_ended_alike(tmp_path, whole(*arguments))
     checkpoints = sorted(path.name for path in (run_of(tmp_path) / "checkpoints").iterdir())
-    assert checkpoints == ["epoch=17-step=36.ckpt", "last.ckpt"]
+    assert checkpoints == ["epoch=39-step=80.ckpt", "last.ckpt"]
 
 
 @pytest.mark.reliability

@@ -60,7 +60,7 @@ def test_a_second_run_that_would_go_on_with_the_first_is_refused_until_that_is_g
     first = start("--trainer.max_epochs=1000")
     checkpoints = tmp_path / "run" / "version_0" / "checkpoints"
     wait_until(first, lambda: names(checkpoints))
-    status, printed = ended(start("--ckpt_path=last"))
+    status, printed = ended(start("--trainer.max_epochs=1000", "--ckpt_path=last"))
     assert status == 1
     assert "version_0': another run is writing there. Wait for its end, or end it" in printed
     assert "Loading weights" not in printed, "it is refused before the model is loaded"
