@@ -142,14 +142,22 @@ def set_view(browser: "webdriver.Chrome", width: int, height: int, *, is_dark: b
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
 
 
-def open_page(browser: "webdriver.Chrome", url: str, expected: Sequence[str] = (), seconds: float = 60.0) -> str:
-    """Opens a page, waits until it shows all the expected words, and gives the words it shows."""
+def open_page(
+    browser: "webdriver.Chrome",
+    url: str,
+    expected: Sequence[str] = (),
+    *,
+    unwanted: Sequence[str] = (),
+    seconds: float = 60.0,
+) -> str:
+    """Opens a page, waits until it shows all the expected words and none of others, and gives the words it shows."""
     browser.get("about:blank")  # a change of what stands behind # alone loads nothing
     browser.get(url)
     deadline = time.monotonic() + seconds
     while True:
         words: str = browser.execute_script(WORDS)
-        if all(word in words for word in expected) or time.monotonic() > deadline:
+        is_complete = all(word in words for word in expected) and not any(word in words for word in unwanted)
+        if is_complete or time.monotonic() > deadline:
             return words
         time.sleep(0.5)
 

@@ -238,6 +238,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
 @pytest.mark.docs
 @pytest.mark.parametrize("page", RUN_WHOLE)
 def test_the_commands_of_a_page_run_one_after_the_other(page, tmp_path):
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # `drpo`, where it is not activated
     for name in ("configs", "models"):
         (tmp_path / name).symlink_to(ROOT / name)
     for block in (b for b in BLOCKS if b.page == page):
@@ -245,5 +246,12 @@ def test_the_commands_of_a_page_run_one_after_the_other(page, tmp_path):
             (tmp_path / saved[1]).write_text(block.code)
         if block.language in ("bash", "python"):
             shell = ["bash", "-euc"] if block.language == "bash" else [sys.executable, "-c"]
-            run = subprocess.run([*shell, block.code], cwd=tmp_path, capture_output=True, text=True, check=False)
+            run = subprocess.run(
+                [*shell, block.code],
+                cwd=tmp_path,
+                env=os.environ | {"PATH": programs},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             assert run.returncode == 0, f"{block}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
