@@ -94,8 +94,9 @@ def tensorboard(logdir: Path, timeout_seconds: float = 60.0) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "tensorboard.main", f"--logdir={logdir}", f"--port={port}", "--host=127.0.0.1"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # From inside of the folder, whose path would else be on the pictures.
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir=.", f"--port={port}", "--host=127.0.0.1"]
+    server = subprocess.Popen(command, cwd=logdir, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + timeout_seconds
         while not has_runs(url):
