@@ -60,14 +60,15 @@ class RolloutDataModule(SampledRollouts):
             `trainer.overfit_batches` takes its prompts all the same.
         max_staleness: how many rollouts are sampled ahead, while others are trained on: the most weight syncs between
             the weights that a sample is begun with and the newest ones when it is trained on. 0 samples and trains one
-            after the other. More needs a `VLLMEngine` in a process of its own.
+            after the other. More needs a `VLLMEngine` in a process of its own, or a `VLLMServerEngine`.
         dynamic_sampling_rounds: how often prompts whose samples have equal rewards, and so no gradient, are replaced by
             the next ones of the stream before the rollout is trained on (DAPO's dynamic sampling); what has no signal
             after that stays. 0 replaces none. `trainer.overfit_batches` takes its prompts all the same.
         mask_truncated_completions: leaves completions that were cut off out of the loss; their rewards still count in
             the mean of their group. (A softer penalty is `OverlongReward`.)
         in_flight: what becomes of unfinished samples at a weight sync: `continue` draws their next tokens with the new
-            weights, `drop` throws away what they have and begins them anew. Without meaning if `max_staleness` is 0.
+            weights, `drop` throws away what they have and begins them anew; rollout servers can only `drop`. Without
+            meaning if `max_staleness` is 0.
         balance_ranks: exchanges prompts, with their samples, among the ranks before they are trained on, so that each
             has about as many tokens; where micro-batches are packed. It does not change what an update is made of.
         offload_optimizer: keeps the optimizer's state in the host's memory while the engine samples: for a GPU that an

@@ -168,7 +168,8 @@ class RolloutEngine(ABC):
         """
         raise SettingError(
             f"`data.max_staleness` must be 0 with {type(self).__name__}, which does not sample while the trainer "
-            "trains; set `data.engine: drpo_lightning.rollout.VLLMEngine`, in a process of its own for each rank"
+            "trains; set `data.engine: drpo_lightning.rollout.VLLMEngine`, in a process of its own for each rank, or "
+            "drpo_lightning.rollout.VLLMServerEngine"
         )
 
     def submit(self, requests: Sequence[Request]) -> None:

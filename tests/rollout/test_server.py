@@ -12,7 +12,7 @@ import torch
 from drpo_lightning.batch import Sampling
 from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout import EngineError, VLLMServerEngine
-from drpo_lightning.rollout.server import fleet
+from drpo_lightning.rollout.server import dispatch, fleet
 from tests.rollout.vllm_double import Double
 
 KEY_VARIABLE, KEY = "DRPO_TEST_ROLLOUT_KEY", "sk-very-secret"
@@ -362,7 +362,7 @@ def test_a_server_that_hangs_is_lost_and_gets_the_weights_when_it_is_back(make_e
 def test_a_server_that_ends_and_leaves_its_requests_open_is_lost_long_before_it_counts_as_hanging(
     make_engine, doubles, monkeypatch
 ):
-    monkeypatch.setattr(fleet, "WATCH_SECONDS", 0.1)
+    monkeypatch.setattr(dispatch, "WATCH_SECONDS", 0.1)
     engine = make_engine(stall_timeout_seconds=60.0)
     ended = threading.Event()
 

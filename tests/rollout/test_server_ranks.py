@@ -1,5 +1,6 @@
 """Ranks that use the same servers: real processes, talking by gloo."""
 
+import time
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from drpo_lightning.batch import Sampling
 from drpo_lightning.rollout import EngineError, NodeEngine, VLLMServerEngine
+from drpo_lightning.rollout.engine import Request
 from tests.rollout.ranks import WORLD, Ranks
 from tests.rollout.test_server import doubles  # noqa: F401 - a fixture
 
@@ -69,6 +71,27 @@ def generate():
     return [[completion.token_ids for completion in group] for group in groups]
 
 
+def submit():
+    """Asks for this rank's share."""
+    STATE["engine"].submit(
+        [Request(i, PROMPTS[i], Sampling(max_tokens=2), 2, [1], seed=100 + i) for i in SHARES[rank()]]
+    )
+
+
+def load_in_turn(version):
+    """Loads weights; the second rank comes late."""
+    time.sleep(rank() == 1)
+    STATE["engine"].weights_version = version
+    return load()
+
+
+def collect():
+    """The tokens of this rank's share, and the numbers of their weights."""
+    groups = STATE["engine"].collect(SHARES[rank()])
+    tokens = [[completion.token_ids for completion in groups[i]] for i in SHARES[rank()]]
+    return tokens, {completion.weights_version for group in groups.values() for completion in group}
+
+
 def statistics():
     return STATE["engine"].statistics
 
@@ -116,6 +139,34 @@ def test_a_sync_that_fails_takes_the_weights_of_every_rank_to_their_end(ranks, d
         server.misbehave = lambda handler, path: path == "/update_weights" and (handler.say("no", 500) or True)
     assert all("no rollout server is left" in str(failure) for failure in ranks(load))
     assert ranks(taken) == [2] * WORLD
+
+
+def test_weights_change_when_no_rank_has_requests_in_flight_and_each_begins_its_own_anew(ranks, doubles):  # noqa: F811
+    ranks(start, [server.url for server in doubles])
+    ranks(load_in_turn, 3)
+    for server in doubles:
+        server.seconds = 0.5
+    ranks(submit)
+    ranks(load_in_turn, 4)
+    shares = [[[[(100 + i + n + p) % 50 + 2 for p in range(2)] for n in range(2)] for i in share] for share in SHARES]
+    assert ranks(collect) == list(zip(shares, ({4}, {3}, set()), strict=True))
+    undisturbed = {"servers": 2, "lost_servers": 0, "retried_requests": 0}
+    assert ranks(statistics) == [undisturbed] * WORLD
+
+
+def test_a_failure_of_what_one_rank_collects_is_raised_on_each(ranks, doubles):  # noqa: F811
+    ranks(start, [server.url for server in doubles], {"max_retries": 0})
+    ranks(load)
+    left = [1]
+
+    def fail_once(handler, path):
+        return path == "/inference/v1/generate" and left and (left.pop(), handler.say("no", 500))
+
+    doubles[0].misbehave = doubles[1].misbehave = fail_once
+    assert ranks(submit) == [None] * WORLD
+    failures = ranks(collect)
+    assert all("failed 1 times" in str(failure) for failure in failures)
+    assert [str(failure).startswith("rank ") for failure in failures].count(False) == 1
 
 
 def test_it_is_not_for_node_engine():

@@ -2,21 +2,23 @@
 
 import uuid
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from drpo_lightning.addresses import checked_url, is_loopback, key_from_environment
 from drpo_lightning.batch import Completion, Sampling
-from drpo_lightning.rollout.engine import RolloutEngine
+from drpo_lightning.errors import SettingError
+from drpo_lightning.rollout.engine import InFlight, Request, RolloutEngine
 from drpo_lightning.rollout.ranks import FAILURES, Ranks, attempt
 from drpo_lightning.rollout.server.client import ServerInfo
 from drpo_lightning.rollout.server.fleet import Fleet
-from drpo_lightning.rollout.server.messages import generate_message
 from drpo_lightning.rollout.weights import WeightStream
 
 TIMEOUTS = ("start_timeout_seconds", "generate_timeout_seconds", "sync_timeout_seconds", "stall_timeout_seconds")
+T = TypeVar("T")
 LEAST_WAIT_SECONDS = 7200.0
 """What the ranks wait for each other at least."""
 
@@ -32,6 +34,9 @@ class VLLMServerEngine(RolloutEngine):
     asked again at the others, and it is left alone until the next sync, at which it gets the weights like all if it can
     be reached. When none is left, that is a failure of the engine; it is started again, up to `max_restarts` times in a
     row, which here means to wait for one of the servers.
+
+    With `data.max_staleness` the servers sample while the trainer trains, each rank's requests by a thread of its own.
+    Before the servers get new weights every rank gives up what they have not answered, and asks it anew afterwards.
 
     Nobody but the trainer may use the servers. The trainer pauses them and replaces their weights through vLLM's
     development endpoints, which vLLM's API key does not guard; with that of `drpo serve` it does. See SECURITY.md.
@@ -176,6 +181,8 @@ class VLLMServerEngine(RolloutEngine):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See `RolloutEngine.load_weights`. Collective over all ranks: each takes the weights to their end."""
         fleet = self._started_fleet
+        fleet.hold()
+        self._ranks.gather(None)  # no rank has requests in flight any more
         self._num_syncs += 1
         version = f"{self._run_name}-{self._num_syncs}"
         stream = WeightStream(weights)
@@ -188,6 +195,7 @@ class VLLMServerEngine(RolloutEngine):
         stream.drain()  # a failure of the source is each rank's own
         self._report()
         fleet.adopt(self._ranks.share(outcome))
+        fleet.begin_anew(self.weights_version)
 
     def generate(
         self,
@@ -201,18 +209,38 @@ class VLLMServerEngine(RolloutEngine):
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`. Collective over all ranks, of which one may have no prompts."""
         fleet = self._started_fleet
-        messages = [
-            generate_message(
-                ids,
-                sampling,
-                num_samples=num_samples,
-                stop_token_ids=stop_token_ids,
-                seed=None if seeds is None else seeds[number],
-                num_topk=num_topk,
-            )
+        settings = (sampling, num_samples, stop_token_ids)
+        requests = [
+            Request(number, ids, *settings, None if seeds is None else seeds[number], num_topk)
             for number, ids in enumerate(prompt_ids)
         ]
-        outcome = attempt(lambda: fleet.generate(messages, num_topk))
+        return self._answered(lambda: fleet.generate(requests))
+
+    def sample_ahead(self, in_flight: InFlight) -> None:
+        """See `RolloutEngine.sample_ahead`."""
+        if in_flight != "drop":
+            raise SettingError(
+                f"`data.in_flight` must be `drop` with {type(self).__name__}, got {in_flight!r}: a request that a "
+                "server keeps over a weight sync may go on with what is cached of the older weights, and the recorded "
+                "logprobs of its tokens would be of neither; set `data.in_flight: drop`"
+            )
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """See `RolloutEngine.submit`."""
+        self._started_fleet.submit(requests)
+
+    def collect(self, numbers: Sequence[int]) -> dict[int, list[Completion]]:
+        """See `RolloutEngine.collect`. Collective over all ranks, of which one may ask for nothing."""
+        fleet = self._started_fleet
+        return self._answered(lambda: fleet.collect(numbers))
+
+    def finished(self) -> dict[int, list[Completion]]:
+        """See `RolloutEngine.finished`."""
+        return self._started_fleet.finished()
+
+    def _answered(self, ask: Callable[[], T]) -> T:
+        """What the fleet answers this rank; a failure of any rank is raised on each."""
+        outcome = attempt(ask)
         self._report()
         return self._ranks.agree(outcome)
 
@@ -223,13 +251,11 @@ class VLLMServerEngine(RolloutEngine):
 
     def _report(self) -> None:
         """Takes over the fleet's counts, and warns of what has become of servers."""
-        fleet = self._started_fleet
-        self.num_lost_servers += fleet.num_lost
-        self.num_retried_requests += fleet.num_retried
-        fleet.num_lost = fleet.num_retried = 0
-        news, fleet.news = fleet.news, []
-        for message in news:
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        report = self._started_fleet.report()
+        self.num_lost_servers += report.num_lost
+        self.num_retried_requests += report.num_retried
+        for message in report.news:
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
 
     def _sleep(self) -> None: ...
 

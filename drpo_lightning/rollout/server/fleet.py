@@ -1,4 +1,4 @@
-"""Many vLLM servers as one: weights go to each of them, a prompt to the least busy, and to another if that is lost."""
+"""Many vLLM servers as one."""
 
 import asyncio
 import atexit
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from drpo_lightning.batch import Completion
 from drpo_lightning.errors import SettingError
-from drpo_lightning.rollout.engine import EngineError
-from drpo_lightning.rollout.server.client import ServerError, ServerGoneError, ServerInfo, VLLMServer
+from drpo_lightning.rollout.engine import EngineError, Request
+from drpo_lightning.rollout.server.ahead import RequestsAhead, too_slow
+from drpo_lightning.rollout.server.client import ServerError, ServerInfo, VLLMServer
+from drpo_lightning.rollout.server.dispatch import Dispatcher, Report
 from drpo_lightning.rollout.server.loop import BackgroundLoop
 from drpo_lightning.rollout.server.nccl import NCCLSender
 from drpo_lightning.rollout.server.weights import NCCL_BACKEND, Bucket, buckets, update_message
@@ -25,8 +27,6 @@ LOG = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 REPORT_SECONDS = 30.0
 """Between two lines that say which servers are waited for."""
-WATCH_SECONDS = 5.0
-"""Between two looks at the progress of a server."""
 
 
 class Fleet:
@@ -46,9 +46,6 @@ class Fleet:
 
     Attributes:
         servers: in the order of `urls`.
-        num_lost: times that a server was lost.
-        num_retried: times that a request was asked again.
-        news: what has become of servers, in words, until somebody takes it from here.
     """
 
     def __init__(
@@ -63,32 +60,34 @@ class Fleet:
         stall_timeout_seconds: float,
         sync_timeout_seconds: float,
     ) -> None:
-        self.num_lost = 0
-        self.num_retried = 0
-        self.news: list[str] = []
         self._device = device
-        self._max_concurrency = max_concurrency
-        self._max_retries = max_retries
         self._generate_timeout_seconds = generate_timeout_seconds
-        self._stall_timeout_seconds = stall_timeout_seconds
         self._sync_timeout_seconds = sync_timeout_seconds
-        self._changed = asyncio.Condition()
         self._senders: dict[VLLMServer, NCCLSender] = {}
         self._loop = BackgroundLoop()
         self._session = self._loop.run(_open_session())
         self.servers = [VLLMServer(self._session, url, headers) for url in urls]
+        self._dispatcher = Dispatcher(
+            self.servers,
+            max_concurrency=max_concurrency,
+            max_retries=max_retries,
+            stall_timeout_seconds=stall_timeout_seconds,
+            on_loss=self._drop_sender,
+        )
+        self._ahead = RequestsAhead(self._dispatcher, generate_timeout_seconds)
         atexit.register(self.close)  # a program that forgets to would end with complaints about what is open
 
     @property
     def current(self) -> list[VLLMServer]:
         """Those that have the newest weights and may be asked for samples."""
-        return [server for server in self.servers if server.is_current]
+        return self._dispatcher.current
 
     def close(self) -> None:
         """Closes all connections. The servers go on, and wait for a trainer."""
         atexit.unregister(self.close)
         for sender in self._senders.values():
             sender.close()
+        self._loop.run(self._ahead.hold())
         self._loop.run(self._session.close())
         self._loop.close()
 
@@ -166,7 +165,7 @@ class Fleet:
             server.accept(version)
         for server in lost_before:
             if server.is_current:
-                self.news.append(f"{server} is back, and has the current weights")
+                self._dispatcher.news.append(f"{server} is back, and has the current weights")
             else:
                 LOG.warning("Still without a server: %s", server.failure)
 
@@ -182,10 +181,10 @@ class Fleet:
         outcomes = self._loop.run(_outcomes(step(server) for server in servers))
         for server, outcome in zip(servers, outcomes, strict=True):
             if outcome is not None:
-                self._lose(server, outcome)
+                self._dispatcher.lose(server, outcome)
         done = [server for server, outcome in zip(servers, outcomes, strict=True) if outcome is None]
         if not done:
-            raise self._all_are_lost()
+            raise self._dispatcher.all_are_lost()
         return done
 
     async def _prepare(self, server: VLLMServer, dtype_name: str) -> None:
@@ -225,114 +224,55 @@ class Fleet:
         if (sender := self._senders.pop(server, None)) is not None:
             sender.close()
 
-    def _lose(self, server: VLLMServer, failure: object) -> None:
-        """Leaves a server alone until the next sync."""
-        if not server.failure:
-            self.num_lost += 1
-            self.news.append(f"{failure}. The server is left alone until the next sync, and others are asked instead")
-        self._drop_sender(server)
-        server.leave(str(failure) or repr(failure))
-
-    def _all_are_lost(self) -> EngineError:
-        reasons = "; ".join(dict.fromkeys(server.failure for server in self.servers))
-        return EngineError(f"no rollout server is left: {reasons}. Start them again with `drpo serve`")
-
-    def generate(self, messages: Sequence[dict[str, Any]], num_topk: int) -> list[list[Completion]]:
-        """The completions of each prompt.
-
-        Args:
-            messages: what the servers are asked, see `generate_message`.
-            num_topk: most likely tokens that are asked for at each place.
+    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """The completions of each request. They go before those of `submit` that no server has yet.
 
         Raises:
             EngineError: if no server is left, it takes too long, or a request fails again and again.
             SettingError: if a server refuses a request.
         """
-        return self._loop.run(self._generate(messages, num_topk))
+        return self._loop.run(self._generate(requests))
 
-    async def _generate(self, messages: Sequence[dict[str, Any]], num_topk: int) -> list[list[Completion]]:
-        answers = [asyncio.ensure_future(self._answer(message, num_topk)) for message in messages]
-        watchers = [asyncio.ensure_future(self._watch(server)) for server in self.current]
+    async def _generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        answers = [asyncio.ensure_future(self._dispatcher.answer(request, is_awaited=True)) for request in requests]
+        watcher = asyncio.ensure_future(self._dispatcher.watch())
         try:
             async with asyncio.timeout(self._generate_timeout_seconds):
                 return list(await asyncio.gather(*answers))
         except TimeoutError as error:
-            raise EngineError(
-                f"the servers did not sample a rollout within {self._generate_timeout_seconds:g} s "
-                "(`generate_timeout_seconds`)"
-            ) from error
+            raise too_slow(self._generate_timeout_seconds) from error
         finally:
-            for task in (*answers, *watchers):
+            for task in (*answers, watcher):
                 task.cancel()
-            await asyncio.gather(*answers, *watchers, return_exceptions=True)
+            await asyncio.gather(*answers, watcher, return_exceptions=True)
 
-    async def _answer(self, message: dict[str, Any], num_topk: int) -> list[Completion]:
-        """The completions of one prompt, by whichever server gives them."""
-        failure = ""
-        for number in range(self._max_retries + 1):
-            server = await self._least_busy()
-            self.num_retried += number > 0
-            task = asyncio.ensure_future(server.generate(message, num_topk))
-            server.tasks.add(task)
-            try:
-                await asyncio.wait({task})
-            finally:
-                task.cancel()
-                server.tasks.discard(task)
-                async with self._changed:
-                    self._changed.notify_all()
-            if not task.cancelled():
-                error = task.exception()
-                if error is None:
-                    return task.result()
-                if not isinstance(error, ServerError):
-                    raise error
-                await self._examine(server, error)
-                failure = str(error)
-            else:
-                failure = server.failure
-        raise EngineError(f"a request failed {self._max_retries + 1} times (`max_retries`); at last: {failure}")
+    def submit(self, requests: Sequence[Request]) -> None:
+        """See `RolloutEngine.submit`. Raises nothing: what fails is told by `collect`."""
+        self._loop.run(self._ahead.submit(requests))
 
-    async def _least_busy(self) -> VLLMServer:
-        """A server with room for a request; waits for one."""
+    def collect(self, numbers: Sequence[int]) -> dict[int, list[Completion]]:
+        """See `RolloutEngine.collect`; raises what `generate` does."""
+        return self._loop.run(self._ahead.collect(numbers))
 
-        def free() -> VLLMServer | None:
-            with_room = (server for server in self.current if len(server.tasks) < self._max_concurrency)
-            return min(with_room, key=lambda server: len(server.tasks), default=None)
+    def finished(self) -> dict[int, list[Completion]]:
+        """See `RolloutEngine.finished`. Raises nothing."""
+        return self._loop.run(self._ahead.finished())
 
-        async with self._changed:
-            await self._changed.wait_for(lambda: free() is not None or not self.current)
-            if (server := free()) is None:
-                raise self._all_are_lost()
-            return server
+    def hold(self) -> None:
+        """Gives up this rank's requests in flight, until `begin_anew`: the servers' weights are to change."""
+        self._loop.run(self._ahead.hold())
 
-    async def _examine(self, server: VLLMServer, failure: ServerError) -> None:
-        """After a failed request: a server that is not well, or has other weights, is lost."""
-        try:
-            await server.check_version(server.version)
-        except (ServerError, SettingError):
-            self._lose(server, failure)
+    def begin_anew(self, weights_version: int) -> None:
+        """Asks again what `hold` has given up, or what has failed.
 
-    async def _watch(self, server: VLLMServer) -> None:
-        """Loses a server that has requests and computes nothing, or takes no more of them.
-
-        One that is told to end closes its address, and may leave its requests open without ever answering them.
+        Args:
+            weights_version: number of the weights that the servers have now.
         """
-        progress, since = -1.0, time.monotonic()
-        while server.is_current:
-            await asyncio.sleep(min(WATCH_SECONDS, self._stall_timeout_seconds / 4))
-            try:
-                found = await server.progress()
-            except ServerGoneError as failure:
-                self._lose(server, failure)
-                return
-            except (ServerError, SettingError):
-                found = progress  # it may only be busy
-            if found != progress or not server.tasks:
-                progress, since = found, time.monotonic()
-            elif time.monotonic() - since > self._stall_timeout_seconds:
-                seconds = self._stall_timeout_seconds
-                self._lose(server, f"{server} made no progress for {seconds:g} s (`stall_timeout_seconds`)")
+        self._loop.run(self._ahead.begin_anew(weights_version))
+
+    def report(self) -> Report:
+        """What has happened since the last one."""
+        return self._loop.run(self._dispatcher.report())
 
 
 async def _open_session() -> aiohttp.ClientSession:
