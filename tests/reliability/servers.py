@@ -65,11 +65,11 @@ class Server:
         except OSError:
             return False
 
-    def ask(self, path):
+    def ask(self, path, *, as_json=True):
         request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {KEY}"})
         with urllib.request.urlopen(request, timeout=5) as response:
             text = response.read().decode()
-        return json.loads(text) if text else ""
+        return json.loads(text) if text and as_json else text
 
     def signal(self, number):
         """Sends a signal to all its processes."""

@@ -19,13 +19,16 @@ from itertools import chain
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM
 
 from drpo_lightning.batch import Sampling
 from drpo_lightning.callbacks import SyncProbe
-from drpo_lightning.rollout import EngineError, VLLMEngine, VLLMServerEngine
+from drpo_lightning.rollout import EngineError, RolloutHooks, VLLMEngine, VLLMServerEngine
+from drpo_lightning.rollout.engine import Request
 from tests.conftest import MODEL_FOLDER
 from tests.reliability.servers import KEY, KEY_VARIABLE, ROOT, Server
+from tests.rollout.test_engines import TOLERANCE, trainer_logprobs
 from tests.rollout.vllm_double import Double
 
 pytestmark = [pytest.mark.reliability, pytest.mark.slow]
@@ -160,7 +163,7 @@ def test_every_endpoint_but_health_wants_the_key(servers):
 
 
 class UnluckyEngine(VLLMServerEngine):
-    """Does something before calls that it is told: `sync` or `generate` and the number of the call, from 0.
+    """Does something before calls that it is told: `sync`, `submit` or `generate` and the number of the call, from 0.
 
     Each rollout is a sync, the probe's samples and the rollout's: the second one has `sync 1`, `generate 2` and 3.
     """
@@ -168,7 +171,7 @@ class UnluckyEngine(VLLMServerEngine):
     def __init__(self, accidents, **settings):
         super().__init__(**settings)
         self.accidents = accidents
-        self.num_calls = {"sync": -1, "generate": -1}
+        self.num_calls = {"sync": -1, "submit": -1, "generate": -1}
         self.num_servers = []
 
     def _meet(self, method):
@@ -180,6 +183,10 @@ class UnluckyEngine(VLLMServerEngine):
         self._meet("sync")
         super().load_weights(weights)
         self.num_servers.append(self.statistics["servers"])
+
+    def submit(self, requests):
+        self._meet("submit")
+        super().submit(requests)
 
     def generate(self, *args, **settings):
         self._meet("generate")
@@ -292,6 +299,100 @@ def test_a_run_without_servers_ends_and_says_what_to_do(train, servers):
         pytest.raises(EngineError, match=r"2 of 2 rollout servers were not ready within 2 s .*`drpo serve`"),
     ):
         train({"generate 3": [partial(die, server) for server in servers]}, start_timeout_seconds=2, max_restarts=1)
+
+
+def test_what_is_in_flight_at_a_sync_is_dropped_and_drawn_from_the_new_weights(make_engine):
+    engine = start(make_engine())
+    engine.sample_ahead("drop")
+    sampling = Sampling(max_tokens=200, temperature=1.5)
+    engine.load_weights(weights(1).items())
+    engine.submit([Request(i, ids, sampling, 4, [], seed=100 + i) for i, ids in enumerate(PROMPTS)])
+    time.sleep(0.3)
+    assert engine.finished() == {}
+    engine.weights_version = 1
+    engine.load_weights(weights(2).items())
+    groups = engine.collect(range(len(PROMPTS)))
+    assert {completion.weights_version for group in groups.values() for completion in group} == {1}
+    seeds = list(range(100, 100 + len(PROMPTS)))
+    check_same(
+        [groups[i] for i in range(len(PROMPTS))],
+        engine.generate(PROMPTS, sampling, num_samples=4, stop_token_ids=[], seeds=seeds),
+    )
+    assert engine.statistics == {"servers": 2, "lost_servers": 0, "retried_requests": 0}
+
+
+class Overlap(Callback, RolloutHooks):
+    """Waits in every rollout's first update until the next rollout is sampled, and keeps what each sync has sent."""
+
+    def __init__(self, servers):
+        self.servers = servers
+        self.weights, self.rollouts, self.num_servers = [], [], []
+
+    def on_engine_refresh(self, trainer, pl_module, engine):
+        self.weights.append({name: tensor.clone() for name, tensor in pl_module.named_weights()})
+
+    def on_rollout_end(self, trainer, pl_module, rollout):
+        self.rollouts.append(rollout)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx:
+            return
+        end = time.monotonic() + 60
+        while any(map(is_busy, self.servers)):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        time.sleep(0.5)  # the trainer has read the answers, and asked for those of a dead server again
+        while any(map(is_busy, self.servers)):
+            time.sleep(0.1)
+        time.sleep(0.3)
+        self.num_servers.append(trainer.datamodule.engine.statistics["servers"])
+
+
+def is_busy(server):
+    """Whether a server has requests; a stopped one, until it is dead."""
+    if server.process.poll() is not None:
+        return False
+    try:
+        lines = server.ask("/metrics", as_json=False).splitlines()
+    except OSError:
+        return True
+    counts = ("vllm:num_requests_running", "vllm:num_requests_waiting{")
+    return any(float(line.split()[-1]) for line in lines if line.startswith(counts))
+
+
+@pytest.fixture
+def train_ahead(make_run, servers):
+    """Four rollouts, each but the first sampled ahead, with a probe after each sync."""
+
+    def train(accidents=()):
+        settings = {"api_key_env": KEY_VARIABLE, "stall_timeout_seconds": 20}
+        engine = UnluckyEngine(dict(accidents), urls=[server.url for server in servers], **settings)
+        data = {"engine": engine, "max_staleness": 1, "in_flight": "drop", "num_prompts": 16}
+        data["sampling"] = Sampling(max_tokens=16, temperature=1.5)
+        overlap = Overlap(servers)
+        make_run(SyncProbe(), overlap, trainer={"max_epochs": 4}, data=data).fit()
+        return overlap, engine
+
+    return train
+
+
+def test_a_server_that_is_killed_while_nobody_waits_costs_a_run_that_samples_ahead_nothing(train_ahead, servers):
+    unharmed, _ = train_ahead()
+    come_back = [lambda: servers[1].start().wait()]
+    with warned("left alone until the next sync", "is back, and has the current weights"):
+        harmed, engine = train_ahead({"submit 1": [partial(die, servers[1])], "sync 2": come_back})
+    assert [harmed.num_servers, unharmed.num_servers] == [[2, 1, 2, 2], [2] * 4]
+    assert engine.statistics["lost_servers"] == 1
+    assert engine.statistics["retried_requests"] > 0
+    assert engine.num_restarts == 0
+    policy = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()
+    for number, (rollout, other) in enumerate(zip(harmed.rollouts, unharmed.rollouts, strict=True)):
+        assert rollout.completions == other.completions
+        assert rollout.staleness.tolist() == [min(number, 1)] * 64
+        policy.load_state_dict(harmed.weights[max(number - 1, 0)])
+        for prompt, completion in zip(rollout.prompt_ids, rollout.completions, strict=True):
+            expected = trainer_logprobs(policy, prompt, completion, Sampling(max_tokens=16, temperature=1.5))
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_an_update_that_a_trainer_left_open_is_closed_by_the_next(make_engine, reference):
