@@ -9,12 +9,17 @@ import torch
 from drpo_lightning.batch import Sampling
 from drpo_lightning.rollout import EngineError, NodeEngine, VLLMServerEngine
 from drpo_lightning.rollout.engine import Request
+from drpo_lightning.rollout.supervised import SupervisedEngine
 from tests.rollout.ranks import WORLD, Ranks
 from tests.rollout.test_server import doubles  # noqa: F401 - a fixture
 
 PROMPTS = [[5, 6], [7], [8, 9, 10], [11]]
 SHARES = ([0, 3], [1], [])
 """Which of `PROMPTS` each rank asks for."""
+SHARE_TOKENS = [
+    [[[(100 + i + n + place) % 50 + 2 for place in range(2)] for n in range(2)] for i in share] for share in SHARES
+]
+"""What they get."""
 STATE = {}
 """Of a rank."""
 
@@ -30,11 +35,21 @@ def rank():
     return torch.distributed.get_rank()
 
 
-def start(urls, settings=()):
+class Weights:
+    """Two, as often as they are asked for."""
+
+    def __iter__(self):
+        for name in ("a", "b"):
+            STATE["taken"] += 1
+            yield name, torch.ones(3)
+
+
+def start(urls, settings=(), wrap=None):
     """Makes and starts an engine in each rank."""
     if "engine" in STATE:
         STATE["engine"].close()
-    STATE["engine"] = engine = VLLMServerEngine(urls, start_timeout_seconds=0.1, **dict(settings))
+    engine = VLLMServerEngine(urls, start_timeout_seconds=0.1, **dict(settings))
+    STATE["engine"] = engine = wrap(engine) if wrap else engine
     engine.start("model", device=torch.device("cpu"), num_ranks=WORLD, seed=rank())
     return engine.dtype_name
 
@@ -42,16 +57,14 @@ def start(urls, settings=()):
 def load():
     """Loads weights; how many of them this rank took."""
     STATE["taken"] = 0
-
-    def weights():
-        for name in ("a", "b"):
-            STATE["taken"] += 1
-            yield name, torch.ones(3)
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        STATE["engine"].load_weights(weights())
+        STATE["engine"].load_weights(Weights())
     return taken()
+
+
+def num_restarts():
+    return STATE["engine"].engine.num_restarts
 
 
 def taken():
@@ -87,7 +100,9 @@ def load_in_turn(version):
 
 def collect():
     """The tokens of this rank's share, and the numbers of their weights."""
-    groups = STATE["engine"].collect(SHARES[rank()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        groups = STATE["engine"].collect(SHARES[rank()])
     tokens = [[completion.token_ids for completion in groups[i]] for i in SHARES[rank()]]
     return tokens, {completion.weights_version for group in groups.values() for completion in group}
 
@@ -99,9 +114,7 @@ def statistics():
 def test_each_rank_gets_its_share_and_the_weights_are_sent_once(ranks, doubles):  # noqa: F811
     assert ranks(start, [server.url for server in doubles]) == ["float32"] * WORLD
     assert ranks(load) == [2] * WORLD
-    assert ranks(generate) == [
-        [[[(100 + i + n + place) % 50 + 2 for place in range(2)] for n in range(2)] for i in share] for share in SHARES
-    ]
+    assert ranks(generate) == SHARE_TOKENS
     for server in doubles:
         assert [path for path, _ in server.requests].count("/finish_weight_update") == 1
         assert set(server.versions) <= {server.version}
@@ -148,8 +161,7 @@ def test_weights_change_when_no_rank_has_requests_in_flight_and_each_begins_its_
         server.seconds = 0.5
     ranks(submit)
     ranks(load_in_turn, 4)
-    shares = [[[[(100 + i + n + p) % 50 + 2 for p in range(2)] for n in range(2)] for i in share] for share in SHARES]
-    assert ranks(collect) == list(zip(shares, ({4}, {3}, set()), strict=True))
+    assert ranks(collect) == list(zip(SHARE_TOKENS, ({4}, {3}, set()), strict=True))
     undisturbed = {"servers": 2, "lost_servers": 0, "retried_requests": 0}
     assert ranks(statistics) == [undisturbed] * WORLD
 
@@ -167,6 +179,21 @@ def test_a_failure_of_what_one_rank_collects_is_raised_on_each(ranks, doubles): 
     failures = ranks(collect)
     assert all("failed 1 times" in str(failure) for failure in failures)
     assert [str(failure).startswith("rank ") for failure in failures].count(False) == 1
+
+
+def test_when_one_rank_fails_all_start_again_and_ask_again(ranks, doubles):  # noqa: F811
+    ranks(start, [server.url for server in doubles], {"max_retries": 0}, SupervisedEngine)
+    ranks(load_in_turn, 3)
+    left = [1]
+
+    def fail_once(handler, path):
+        return path == "/inference/v1/generate" and left and (left.pop(), handler.say("no", 500))
+
+    doubles[0].misbehave = doubles[1].misbehave = fail_once
+    ranks(submit)
+    assert ranks(collect) == list(zip(SHARE_TOKENS, ({3}, {3}, set()), strict=True))
+    assert ranks(num_restarts) == [1] * WORLD
+    assert [path for path, _ in doubles[0].requests].count("/finish_weight_update") == 2
 
 
 def test_it_is_not_for_node_engine():
