@@ -1,7 +1,7 @@
 """What helps beyond the messages of the libraries that read a configuration."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
@@ -36,7 +36,7 @@ def _likely_names(message: str, options: Iterable[str]) -> list[str]:
     """What may have been meant by a name that is unknown, as a sentence."""
     if found := UNKNOWN_OF_CLASS.search(message):
         path, name = found.groups()
-        near = get_close_matches(name, signature(imported(path)).parameters, n=1)
+        near = get_close_matches(name, _parameters(path), n=1)
     elif found := UNKNOWN.search(message):
         section, dot, last = (found[1] or found[2]).rpartition(".")
         beside = [option.rpartition(".")[2] for option in options if option.rpartition(".")[0] == section]
@@ -44,6 +44,14 @@ def _likely_names(message: str, options: Iterable[str]) -> list[str]:
     else:
         return []
     return [f"Is `{near[0]}` meant?"] if near else []
+
+
+def _parameters(path: str) -> Sequence[str]:
+    """Names of a class's settings; none of one that does not say."""
+    try:
+        return list(signature(imported(path)).parameters)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return []
 
 
 def imported(path: str) -> Any:  # noqa: ANN401

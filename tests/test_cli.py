@@ -117,6 +117,7 @@ def test_verbose_is_the_progress_bars(build):
         (["--model.objective.delta=-1"], r"`delta` must be positive, in units of probability, got -1"),
         (["--model.objective.delta=.nan"], r"`delta` must be positive, in units of probability, got nan"),
         (["--model.objective.dleta=1"], r"'dleta' is not accepted Is `delta` meant\?"),
+        (["--model.optimizer.lr={nonsense: 1}"], r"Option 'nonsense' is not accepted"),
         (["--data.group_sise=4"], r"--data\.group_sise=4 Is `data\.group_size` meant\?"),
         (["--trainer.max_epoch=4"], r"Is `trainer\.max_epochs` meant\?"),
         (["--data.nothing_alike=4"], r"--data\.nothing_alike=4\s*$"),
