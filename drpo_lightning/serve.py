@@ -104,6 +104,8 @@ def server_command(
         # vLLM compiles the ranking of logprobs at the first request, even when eager: it would need a C++ compiler.
         # Without Dynamo it cannot compile the model either.
         words.append("--enforce-eager")
+        # A seeded prompt that is computed in parts ends vLLM's engine: "CPU Generator does not use offset".
+        words.append("--no-enable-chunked-prefill")
         environment |= {"TORCHDYNAMO_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
     if importlib.util.find_spec("flashinfer") is None:

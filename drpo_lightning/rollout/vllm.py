@@ -182,6 +182,9 @@ class VLLMEngine(RolloutEngine):
         if llm_kwargs["enforce_eager"] is None:
             llm_kwargs["enforce_eager"] = self._on_cpu
         is_eager = llm_kwargs["enforce_eager"]
+        if self._on_cpu:
+            # A seeded prompt that is computed in parts ends vLLM's engine: "CPU Generator does not use offset".
+            llm_kwargs.setdefault("enable_chunked_prefill", False)
         if in_process:
             os.environ.update(_environment_of_engine(device, own_process=False, is_eager=is_eager))
             self.max_restarts = 0

@@ -89,6 +89,14 @@ def test_a_sample_does_not_depend_on_the_other_prompts(engine):
     assert [c.token_ids for c in alone[0]] == [c.token_ids for c in together[1]]
 
 
+def test_more_prompt_tokens_than_an_engine_computes_at_a_time_are_sampled_with_seeds(engine):
+    prompts = [[20 + (7 * i + j) % 12 for j in range(200)] for i in range(30)]  # 6000 tokens; vLLM takes 4096
+    groups = engine.generate(prompts, Sampling(max_tokens=2), num_samples=1, stop_token_ids=[EOS], seeds=range(30))
+    alone = engine.generate(prompts[-1:], Sampling(max_tokens=2), num_samples=1, stop_token_ids=[EOS], seeds=[29])
+    assert [len(group) for group in groups] == [1] * 30
+    assert groups[-1][0].token_ids == alone[0][0].token_ids
+
+
 def test_without_seeds_every_call_draws_anew(engine):
     first, second = (generate(engine, Sampling(max_tokens=8, temperature=2.0), 8, seeds=None) for _ in range(2))
     assert first != second

@@ -219,6 +219,7 @@ def test_a_gpu_server_needs_nothing_of_this_package():
 def test_only_a_cpu_server_compiles_nothing_unless_it_is_told_to(on_cpu):
     command = server_command("model", on_cpu=on_cpu, options=["--no-enforce-eager"])
     assert ("--enforce-eager" in command.words) == ("TORCHDYNAMO_DISABLE" in command.environment) == on_cpu
+    assert ("--no-enable-chunked-prefill" in command.words) == on_cpu
     assert command.words[-1] == "--no-enforce-eager"  # the last one counts
 
 
