@@ -90,7 +90,8 @@ def test_a_sample_does_not_depend_on_the_other_prompts(engine):
 
 
 def test_more_prompt_tokens_than_an_engine_computes_at_a_time_are_sampled_with_seeds(engine):
-    prompts = [[20 + (7 * i + j) % 12 for j in range(200)] for i in range(30)]  # 6000 tokens; vLLM takes 4096
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(20, 32, (30, 200), generator=generator).tolist()  # 6000 tokens; vLLM takes 4096
     groups = engine.generate(prompts, Sampling(max_tokens=2), num_samples=1, stop_token_ids=[EOS], seeds=range(30))
     alone = engine.generate(prompts[-1:], Sampling(max_tokens=2), num_samples=1, stop_token_ids=[EOS], seeds=[29])
     assert [len(group) for group in groups] == [1] * 30
