@@ -27,7 +27,7 @@ COLLECTIVES = ("_object", "_object_list")
 IMPORTS = ("importlib.import_module", "import_module", "runpy.run_module", "runpy.run_path")
 RANKS = "of the run's own ranks, which must be on a private network: SECURITY.md"
 ALLOWED = {
-    ("cli.py", "import_module"): "a class that the configuration names, which is code",
+    ("hints.py", "import_module"): "a class that the configuration names, which is code",
     ("callbacks/rewards.py", "importlib.import_module"): "a function that the configuration names, which is code",
     ("export.py", "pickle.Unpickler"): "the base of a reader with a list of permitted classes",
     (

@@ -52,6 +52,11 @@ ELSEWHERE = [
     *(f"{kind}reward/judge/{what}_fraction" for kind in ("", "val/") for what in ("error", "timeout")),
     *("data/passes", "data/skipped_fraction", "data/overlong_prompts", "data/gsm8k/reward_mean", "data/gsm8k/fraction"),
     *("reward/dropped_fraction", "val/maj@4", "val/aime/maj@4", "val/aime/reward/mean"),
+    "dynamic_sampling/rounds",
+    "dynamic_sampling/discarded_fraction",
+    "dynamic_sampling/discarded_tokens",
+    "dynamic_sampling/seconds",
+    "dynamic_sampling/reward_mean",
 ]
 """Scalars that other runs log than the ones of these tests."""
 

@@ -55,7 +55,8 @@ def logged(callback, objective, micro_batches, logger):
     """What a callback logs of one update, through its hooks."""
     settings = {"log_every_n_steps": 1, "loggers": [logger], "world_size": 1, "is_global_zero": True}
     trainer = SimpleNamespace(global_step=0, state=SimpleNamespace(fn="fit"), **settings)
-    module = SimpleNamespace(device=torch.device("cpu"), log_dict=lambda *_, **__: None)
+    trainer.callback_metrics = {}
+    module = SimpleNamespace(device=torch.device("cpu"))
     callback.on_train_start(trainer, module)
     for i, (batch, policy) in enumerate(micro_batches):
         trainer.global_step = int(i == len(micro_batches) - 1)
