@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from drpo_lightning.batch import Rollout
 from drpo_lightning.datamodules.prompt_schedule import Sample
@@ -33,7 +33,7 @@ def replace_groups(
     num_prompts: int,
     max_rounds: int,
     rank: int,
-    of_all_ranks: Callable[[object], list],  # type: ignore[type-arg]
+    of_all_ranks: Callable[[Any], list[Any]],
 ) -> DynamicSample:
     """Replaces prompts without a signal, see `Rollout.has_signal`, until there are none. Collective over ranks.
 
@@ -79,11 +79,11 @@ def replace_groups(
     return DynamicSample(rollout, taken, samples, statistics)
 
 
-def _gathered(rollout: Rollout, of_all_ranks: Callable[[object], list]) -> list[Sample]:  # type: ignore[type-arg]
+def _gathered(rollout: Rollout, of_all_ranks: Callable[[Any], list[Any]]) -> list[Sample]:
     """Row and reward of every sample on all ranks."""
-    return [sample for part in of_all_ranks(rollout_samples(rollout)) for sample in part]
+    return [sample for part in of_all_ranks(_samples(rollout)) for sample in part]
 
 
-def rollout_samples(rollout: Rollout) -> list[Sample]:
+def _samples(rollout: Rollout) -> list[Sample]:
     """Row of the data set and reward of every sample, NaN if it is dropped."""
     return list(zip(rollout.prompt_numbers, rollout.rewards.tolist(), strict=True))
