@@ -98,13 +98,12 @@ class Split(NamedTuple):
         """Samples of `prompts_per_block` prompts."""
         return prompts_per_block(self.group_size, self.num_updates) * self.group_size
 
-    def _updates_of_block(self, position: int) -> list[list[int]]:
-        """Which samples of a block each update takes.
+    def _block_seeds(self, positions: Sequence[int]) -> list[int]:
+        """Of each block, what decides which of its samples an update takes; see `micro_batch_rows`."""
+        firsts = positions[:: prompts_per_block(self.group_size, self.num_updates)]
+        return [seed_of(self.seed, "split", position) for position in firsts]
 
-        Args:
-            position: of the block's first prompt, see `micro_batch_rows`.
-        """
-        seeds = [seed_of(self.seed, "split", position)]
+    def _update_rows(self, seeds: Sequence[int]) -> list[list[int]]:
         return update_rows(seeds, group_size=self.group_size, num_updates=self.num_updates)
 
     def block_tokens(self, positions: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
@@ -114,11 +113,10 @@ class Split(NamedTuple):
             positions: see `micro_batch_rows`.
             lengths: likewise.
         """
-        firsts = positions[:: prompts_per_block(self.group_size, self.num_updates)]
         starts = range(0, len(lengths), self.samples_per_block)
         return [
-            [sum(lengths[start + row] for row in rows) for rows in self._updates_of_block(first)]
-            for start, first in zip(starts, firsts, strict=True)
+            [sum(lengths[start + row] for row in rows) for rows in self._update_rows([seed])]
+            for start, seed in zip(starts, self._block_seeds(positions), strict=True)
         ]
 
     def micro_batch_rows(self, positions: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
@@ -128,14 +126,8 @@ class Split(NamedTuple):
             positions: this rank's prompts of the rollout among those of all rollouts.
             lengths: tokens of every sample, prompt and completion.
         """
-        firsts = positions[:: prompts_per_block(self.group_size, self.num_updates)]
-        updates = update_rows(
-            [seed_of(self.seed, "split", position) for position in firsts],
-            group_size=self.group_size,
-            num_updates=self.num_updates,
-        )
         batches = []
-        for update, rows in enumerate(updates):
+        for update, rows in enumerate(self._update_rows(self._block_seeds(positions))):
             seed = seed_of(self.seed, "micro-batches", positions[0], update)
             if self.is_packed:
                 batches += balanced_chunks(rows, lengths, num_chunks=self.window, seed=seed)

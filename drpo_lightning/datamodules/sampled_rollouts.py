@@ -21,7 +21,7 @@ from drpo_lightning.datamodules.sampler import RolloutSampler
 from drpo_lightning.datamodules.seeds import seed_of
 from drpo_lightning.rewards.base import Reward
 from drpo_lightning.rollout.engine import InFlight, Request, RolloutEngine
-from drpo_lightning.rollout.hooks import RolloutHooks
+from drpo_lightning.rollout.hooks import RolloutHooks, rollout_hooks
 from drpo_lightning.rollout.policy import RolloutPolicy
 
 
@@ -101,7 +101,7 @@ class SampledRollouts(ResumableRollouts):
 
     @property
     def _hooks(self) -> list[RolloutHooks]:
-        return [callback for callback in self._trainer.callbacks if isinstance(callback, RolloutHooks)]
+        return rollout_hooks(self._trainer)
 
     def refresh_engine(self) -> None:
         """Gives the engine the trainer's current weights, starting it if need be. Collective over ranks.

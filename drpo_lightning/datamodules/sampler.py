@@ -18,7 +18,7 @@ from drpo_lightning.errors import SettingError
 from drpo_lightning.rewards.base import Reward
 from drpo_lightning.rollout.checks import check_completions
 from drpo_lightning.rollout.engine import EngineError, RolloutEngine, WaitEnded
-from drpo_lightning.rollout.hooks import RolloutHooks
+from drpo_lightning.rollout.hooks import rollout_hooks
 from drpo_lightning.rollout.supervised import supervised
 from drpo_lightning.rollout.weights import RepeatableWeights, WeightSource, check_weights, model_weight_shapes
 
@@ -196,16 +196,12 @@ def _weight_source(module: object) -> WeightSource:
     return module
 
 
-def _hooks(trainer: Any) -> list[RolloutHooks]:  # noqa: ANN401
-    return [callback for callback in trainer.callbacks if isinstance(callback, RolloutHooks)]
-
-
 def _is_run_to_end(trainer: Any) -> bool:  # noqa: ANN401
-    return trainer.received_sigterm or any(hook.is_run_to_end for hook in _hooks(trainer))
+    return trainer.received_sigterm or any(hook.is_run_to_end for hook in rollout_hooks(trainer))
 
 
 def _end_run(trainer: Any) -> None:  # noqa: ANN401
     """Ends a run whose engine has stopped waiting: as a callback does, or else with the status that SIGTERM has."""
-    for hook in _hooks(trainer):
+    for hook in rollout_hooks(trainer):
         hook.on_wait_ended(trainer)
     raise SIGTERMException(128 + signal.SIGTERM)

@@ -32,3 +32,8 @@ class RolloutHooks:
 
     def on_rollout_end(self, trainer: "Trainer", pl_module: "LightningModule", rollout: Rollout) -> None:
         """Called with this rank's scored completions, before the first update on them."""
+
+
+def rollout_hooks(trainer: "Trainer") -> list[RolloutHooks]:
+    """The members of `trainer.callbacks` that are `RolloutHooks`."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, RolloutHooks)]  # type: ignore[attr-defined]
