@@ -12,6 +12,7 @@ from drpo_lightning.rollout.heap import give_back_freed_memory
 from drpo_lightning.rollout.randomness import OwnRandomness
 from drpo_lightning.rollout.served import Heartbeat
 from drpo_lightning.rollout.vllm_requests import VLLMRequests
+from drpo_lightning.rollout.vllm_weights import weight_loader
 
 
 class InProcessVLLM:
@@ -31,6 +32,7 @@ class InProcessVLLM:
         if heartbeat is not None:
             _beat_at_every_step(self._llm.llm_engine, heartbeat)
         self._requests = VLLMRequests(self._llm.llm_engine)
+        self._load_weights = weight_loader(self._llm)
         self._weights_version = 0
         self._submitted: dict[int, str] = {}
         """Names of the requests of `submit` by their numbers, until their completions are taken."""
@@ -98,7 +100,7 @@ class InProcessVLLM:
             version: their number, see `RolloutEngine.weights_version`.
             in_flight: what becomes of unfinished requests, see `RolloutEngine.sample_ahead`.
         """
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self._load_weights(weights)
         self._go_on(version, in_flight)
 
     def load_adapter(self, folder: str, version: int, in_flight: InFlight) -> None:
