@@ -18,6 +18,8 @@ from drpo_lightning.export import export_checkpoint
 from drpo_lightning.modules import LoRA
 from drpo_lightning.objectives import DPPO
 from drpo_lightning.rollout import VLLMEngine
+from drpo_lightning.rollout.process import EngineProcess
+from tests.rollout.test_process import Recorder
 
 ROOT = Path(__file__).parent.parent
 # vLLM, and PyTorch of the version that it pins, warn of what they do themselves.
@@ -55,6 +57,42 @@ def test_a_sleeping_engine_frees_memory_and_wakes_with_new_weights(model_folder,
                 logprobs = policy(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             expected = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=5e-3)
+    finally:
+        engine.close()
+
+
+def test_weights_go_to_an_engine_of_its_own_process_over_the_gpu_and_the_memory_comes_back():
+    gpu = torch.device("cuda", torch.cuda.device_count() - 1)
+    weights = {
+        "matrix": torch.arange(48.0, device=gpu).view(6, 8),
+        "half": torch.arange(7.0, device=gpu).bfloat16(),
+        "empty": torch.zeros(0, device=gpu),
+        "on the host": torch.arange(5),
+        "large": torch.arange(2.0**22, device=gpu),
+    }
+    one_gpu = {"CUDA_VISIBLE_DEVICES": str(gpu.index)}
+    process = EngineProcess(Recorder, ("hello",), one_gpu, weights["large"].nbytes, device=gpu)
+    try:
+        process.call("greet", "you", timeout_seconds=60)
+        before = torch.cuda.memory_allocated(gpu)
+        for factor in (1, 2):
+            process.load_weights([(name, factor * tensor) for name, tensor in weights.items()], timeout_seconds=60)
+            loaded = process.call("loaded", timeout_seconds=60)
+            for name, tensor in weights.items():
+                assert loaded[name] == [str(tensor.dtype), (factor * tensor).double().tolist()], name
+            torch.cuda.ipc_collect()
+            assert torch.cuda.memory_allocated(gpu) == before
+    finally:
+        process.close()
+
+
+def test_vllm_on_a_gpu_takes_weights_without_laying_its_model_out_anew(model_folder):
+    from drpo_lightning.rollout.in_process_vllm import InProcessVLLM
+
+    engine = InProcessVLLM({"model": model_folder, "enforce_eager": True, "gpu_memory_utilization": 0.3})
+    try:
+        model = engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        assert engine._load_weights == model.load_weights
     finally:
         engine.close()
 

@@ -1,4 +1,4 @@
-"""A rollout engine in a process of its own: calls over a private pipe, weights through shared memory."""
+"""A rollout engine in a process of its own: calls over a private pipe, weights through memory that both see."""
 
 import atexit
 import contextlib
@@ -18,6 +18,7 @@ from torch import Tensor
 from drpo_lightning.rollout.engine import EngineError
 from drpo_lightning.rollout.output import ChildOutput
 from drpo_lightning.rollout.served import STACKS_SIGNAL, Heartbeat, serve
+from drpo_lightning.rollout.weight_buffer import WeightBuffer, finish_copies
 
 BUCKET_BYTES = 64 * 2**20
 """Weights travel in buckets of at least this size; a larger tensor has a bucket of its own size."""
@@ -44,6 +45,7 @@ class EngineProcess:
         environment: environment variables of the child, set before it imports anything heavy.
         bucket_bytes: size of the shared buffer that weights travel through, at least that of the largest tensor.
         heartbeat: what the object shows progress with, if it does; one of `args`, too.
+        device: where that buffer is: in the host's memory, or on the child's only GPU for as long as weights travel.
     """
 
     def __init__(
@@ -53,11 +55,12 @@ class EngineProcess:
         environment: dict[str, str],
         bucket_bytes: int,
         heartbeat: Heartbeat | None = None,
+        device: torch.device | None = None,
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, child = context.Pipe()
         output, childs_output = context.Pipe(duplex=False)
-        self._buffer = torch.empty(bucket_bytes, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        self._buffer = WeightBuffer(bucket_bytes, device or torch.device("cpu"))
         self._heartbeat = heartbeat
         self._is_idle = True
         """False while the child works on a call, and for ever after a call that was broken off."""
@@ -121,27 +124,14 @@ class EngineProcess:
             EngineError: as `call`.
         """
         head: list[Any] = [("load_weights", args, {})]
-        for layout in self._fill_buckets(weights):
-            self._exchange("load_weights", [*head, layout], timeout_seconds)
-            head = []
-            self._is_idle = False  # it waits for the next bucket
-        self._exchange("load_weights", [*head, None], timeout_seconds)
-
-    def _fill_buckets(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, torch.dtype, Any, int]]]:
-        """Copies tensors into the buffer; yields name, dtype, shape and offset of each whenever it is full."""
-        layout: list[tuple[str, torch.dtype, Any, int]] = []
-        used = 0
-        for name, tensor in weights:
-            if used + tensor.nbytes > self._buffer.nbytes and layout:
-                yield layout
-                layout, used = [], 0
-            target = self._buffer[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            target.copy_(tensor)
-            layout.append((name, tensor.dtype, tuple(tensor.shape), used))
-            used += -(-tensor.nbytes // 16) * 16  # the next view must start at a multiple of its item size
-            del tensor  # it may be a gathered one, and the next is gathered before this name is bound again
-        if layout:
-            yield layout
+        with self._buffer.lent() as (content, message):
+            head.append(message)
+            for layout in _fill_buckets(weights, content):
+                finish_copies(content)
+                self._exchange("load_weights", [*head, layout], timeout_seconds)
+                head = []
+                self._is_idle = False  # it waits for the next bucket
+            self._exchange("load_weights", [*head, None], timeout_seconds)
 
     def _exchange(
         self, method: str, messages: Iterable[Any], timeout_seconds: float, stall_timeout_seconds: float = math.inf
@@ -228,6 +218,25 @@ class EngineProcess:
         self._kill()
         self._process.join(timeout_seconds)
         self._connection.close()
+
+
+def _fill_buckets(
+    weights: Iterable[tuple[str, Tensor]], buffer: Tensor
+) -> Iterator[list[tuple[str, torch.dtype, Any, int]]]:
+    """Copies tensors into a buffer; yields name, dtype, shape and offset of each whenever it is full."""
+    layout: list[tuple[str, torch.dtype, Any, int]] = []
+    used = 0
+    for name, tensor in weights:
+        if used + tensor.nbytes > buffer.nbytes and layout:
+            yield layout
+            layout, used = [], 0
+        target = buffer[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        target.copy_(tensor)
+        layout.append((name, tensor.dtype, tuple(tensor.shape), used))
+        used += -(-tensor.nbytes // 16) * 16  # the next view must start at a multiple of its item size
+        del tensor  # it may be a gathered one, and the next is gathered before this name is bound again
+    if layout:
+        yield layout
 
 
 def _cause_of_death(exit_code: int | None) -> str:

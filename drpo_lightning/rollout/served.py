@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drpo_lightning.rollout.weight_buffer import WeightBuffer, finish_copies
+
 STACKS_SIGNAL = signal.SIGUSR1
 """Makes the child print where each of its threads is."""
 PARENT_POLL_SECONDS = 0.5
@@ -46,7 +48,7 @@ class Heartbeat:
 def serve(
     connection: Connection,
     output: Connection,
-    buffer: Tensor,
+    buffer: WeightBuffer,
     parent: int,
     factory: Callable[..., Any],
     args: tuple[Any, ...],
@@ -56,7 +58,7 @@ def serve(
     Args:
         connection: where calls come from and answers go to.
         output: where all that the process prints goes to.
-        buffer: shared memory in which weights arrive.
+        buffer: through which weights arrive.
         parent: process id of the parent.
         factory: builds the object.
         args: its arguments.
@@ -94,7 +96,9 @@ def _print_to(output: Connection) -> None:
     faulthandler.register(STACKS_SIGNAL)
 
 
-def _answer_calls(connection: Connection, buffer: Tensor, factory: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _answer_calls(
+    connection: Connection, buffer: WeightBuffer, factory: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     try:
         target = factory(*args)
     except Exception:  # noqa: BLE001 - whatever it is, it is the answer to the first call
@@ -111,7 +115,8 @@ def _answer_calls(connection: Connection, buffer: Tensor, factory: Callable[...,
         if method == "load_weights":
             call_args = (_incoming_weights(connection, buffer), *call_args)
             if failure:
-                connection.recv()  # the first bucket, which comes with the call
+                connection.recv()  # the buffer and the first bucket, which come with the call
+                connection.recv()
         connection.send_bytes(failure or _answer(target, method, call_args, kwargs))
 
 
@@ -133,12 +138,14 @@ def _answer(target: Any, method: str, args: Any, kwargs: Any) -> bytes:  # noqa:
         return pickle.dumps(("error", traceback.format_exc()))
 
 
-def _incoming_weights(connection: Connection, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _incoming_weights(connection: Connection, buffer: WeightBuffer) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of each bucket as copies, since an engine may keep them until a layer is complete."""
+    content = buffer.borrowed(connection.recv())
     while (layout := connection.recv()) is not None:
         tensors = []
         for name, dtype, shape, offset in layout:
             size = torch.Size(shape).numel() * dtype.itemsize
-            tensors.append((name, buffer[offset : offset + size].view(dtype).view(shape).clone()))
+            tensors.append((name, content[offset : offset + size].view(dtype).view(shape).clone()))
+        finish_copies(content)
         connection.send(("ok", None))
         yield from tensors

@@ -199,6 +199,7 @@ class VLLMEngine(RolloutEngine):
                 _environment_of_engine(device, own_process=True, is_eager=is_eager),
                 max(BUCKET_BYTES, largest),
                 heartbeat,
+                device,
             )
         try:
             self.context_tokens, self.cache_block_tokens, self.dtype_name = self._call(
