@@ -1,7 +1,7 @@
 """The optimizer's state in the host's memory while the engine samples."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,13 +19,31 @@ class OptimizerOffload:
         self._buffers: list[Tensor] = []
 
     @contextmanager
-    def offloaded(self, optimizers: Iterable[Optimizer], device: torch.device) -> Iterator[None]:
+    def offloaded(
+        self,
+        optimizers: Iterable[Optimizer],
+        device: torch.device,
+        timed: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Iterator[None]:
         """Frees what the states take on a device, and brings it back at the end, after an exception too.
 
         Args:
             optimizers: whose states are moved: every tensor but single numbers; of a sharded one this rank's part.
             device: where they are.
+            timed: makes a block for each of the two ways.
         """
+        with timed():
+            storages = self._move_out(optimizers, device)
+        try:
+            yield
+        finally:
+            with timed():
+                for storage, buffer in zip(storages, self._buffers, strict=True):
+                    storage.resize_(buffer.numel())
+                    _bytes_of(storage, device).copy_(buffer)
+
+    def _move_out(self, optimizers: Iterable[Optimizer], device: torch.device) -> list[torch.UntypedStorage]:
+        """Copies the states to the host and frees them; returns what they were in."""
         storages = [tensor.untyped_storage() for tensor in _large_states(optimizers, device)]
         sizes = [storage.nbytes() for storage in storages]
         if [buffer.numel() for buffer in self._buffers] != sizes:
@@ -36,12 +54,7 @@ class OptimizerOffload:
             storage.resize_(0)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        try:
-            yield
-        finally:
-            for storage, buffer in zip(storages, self._buffers, strict=True):
-                storage.resize_(buffer.numel())
-                _bytes_of(storage, device).copy_(buffer)
+        return storages
 
 
 def _large_states(optimizers: Iterable[Optimizer], device: torch.device) -> list[Tensor]:

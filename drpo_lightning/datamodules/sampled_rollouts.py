@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -121,15 +121,26 @@ class SampledRollouts(ResumableRollouts):
     @contextmanager
     def _engine_awake(self) -> Iterator[None]:
         """Gives the engine the newest weights, and the memory that the training can do without meanwhile."""
-        optimizers = self._trainer.optimizers if self.offload_optimizer else ()
-        with self._offload.offloaded(optimizers, self._trainer.strategy.root_device):
+        self._sampler.phase_seconds = {}
+        with self._offloaded_optimizers():
             self.refresh_engine()
             yield
-            self._sampler.engine.sleep()
+            self._sampler.rest()
+
+    def _offloaded_optimizers(self) -> AbstractContextManager[None]:
+        """A block in which the optimizers' state is in the host's memory, if that is asked for."""
+        if not self.offload_optimizer:
+            return nullcontext()
+        trainer, phase = self._trainer, partial(self._sampler.phase, "offload")
+        return self._offload.offloaded(trainer.optimizers, trainer.strategy.root_device, phase)
 
     @property
     def phase_seconds(self) -> dict[str, float]:
-        """Seconds of the last rollout: `sync`, `generate`, `reward`, and `start` if the engine was started for it."""
+        """Seconds of the last rollout: `sync`, `generate` and `reward`.
+
+        If there is such a thing, also `start` and `wake` of the engine, `sleep`, `offload` (of the optimizer's state to
+        the host's memory, and back) and `score` (forward passes before the first update).
+        """
         return self._sampler.phase_seconds
 
     def next_rollout(self) -> None:
@@ -248,9 +259,11 @@ class SampledRollouts(ResumableRollouts):
         batch_size = max(1, len(rollout) // self._num_micro_batches)
         score = partial(policy.score, rollout, batch_size=batch_size, pad_token_id=self.encoder.pad_token_id)
         if policy.needs_proximal_logprobs:
-            rollout.proximal_logprobs = score()
+            with self._sampler.phase("score"):
+                rollout.proximal_logprobs = score()
         if policy.needs_reference_logprobs:
-            rollout.reference_logprobs = score(by_reference=True)
+            with self._sampler.phase("score"):
+                rollout.reference_logprobs = score(by_reference=True)
 
     def _apply_settings(self, rollout: Rollout) -> None:
         """Notes what the settings of now make of a rollout, which may come from a checkpoint."""

@@ -39,15 +39,19 @@ class RolloutSampler:
         self.seed = seed
         self.trust_remote_code = trust_remote_code
         self.phase_seconds: dict[str, float] = {}
-        """Seconds of the last rollout: `sync`, `generate`, `reward`, and `start` if the engine was started for it."""
+        """Seconds of the last rollout, see `RolloutDataModule.phase_seconds`."""
         self._expected_weights: dict[str, torch.Size] = {}
         self._profiler: Profiler = PassThroughProfiler()
         self._on_any_rank: Callable[[bool], bool] = bool
         self._end_run: Callable[[], object] = bool
 
     @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        """Adds to the time of a phase, for `phase_seconds` and for Lightning's profiler; may end the run."""
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds to the time of a phase, for `phase_seconds` and for Lightning's profiler; may end the run.
+
+        Args:
+            name: of the phase.
+        """
         started = time.perf_counter()
         try:
             with self._profiler.profile(f"[RolloutDataModule]{name}"):
@@ -63,11 +67,12 @@ class RolloutSampler:
         self.engine.is_run_to_end = partial(_is_run_to_end, trainer)
         self._profiler = trainer.profiler
         self._on_any_rank = partial(trainer.strategy.reduce_boolean_decision, all=False)
-        if trainer.strategy.root_device.type == "cuda":
+        if trainer.strategy.root_device.type == "cuda" and (self.engine.sleeps or not self.engine.is_started):
             torch.cuda.empty_cache()  # what the last update's activations took is the engine's now
-        self.phase_seconds = {}
         if self.engine.is_started:
-            self.engine.wake()
+            if self.engine.sleeps:
+                with self.phase("wake"):
+                    self.engine.wake()
             return
         adapter = _weight_source(trainer.lightning_module).adapter_config
         if adapter is not None and not self.engine.supports_adapters:
@@ -75,7 +80,7 @@ class RolloutSampler:
                 f"`model.peft.sync: adapter` is not supported by {type(self.engine).__name__}; set it to `merged`"
             )
         self._expected_weights = model_weight_shapes(self.model, trust_remote_code=self.trust_remote_code)
-        with self._phase("start"):
+        with self.phase("start"):
             self.engine.start(
                 self.model,
                 device=trainer.strategy.root_device,
@@ -84,6 +89,13 @@ class RolloutSampler:
                 trust_remote_code=self.trust_remote_code,
                 adapter_rank=None if adapter is None else adapter["r"],
             )
+
+    def rest(self) -> None:
+        """Gives the engine's memory to the trainer, as far as it can and is to."""
+        self.engine.check_sleep()
+        if self.engine.sleeps:
+            with self.phase("sleep"):
+                self.engine.sleep()
 
     def load_weights(self, source: object) -> None:
         """Sends the weights, or the adapters where they alone are synced, after checking names, shapes and finiteness.
@@ -97,7 +109,7 @@ class RolloutSampler:
             ValueError: if the weights do not fit the engine's model, or one is NaN or infinite.
         """
         source = _weight_source(source)
-        with self._phase("sync"):
+        with self.phase("sync"):
             check_weights(source.weight_shapes(), self._expected_weights)
             if not source.weights_are_finite():
                 raise ValueError(
@@ -139,7 +151,7 @@ class RolloutSampler:
             EngineError: on every rank, if the engine of one fails or returns what is impossible.
         """
         chosen = [rows[number] for number in numbers]
-        with self._phase("generate"):
+        with self.phase("generate"):
             groups = self._generate(
                 [row["prompt_ids"] for row in chosen],
                 sampling,
@@ -149,7 +161,7 @@ class RolloutSampler:
                 encoder=encoder,
                 collect=collect,
             )
-        with self._phase("reward"):
+        with self.phase("reward"):
             return scored_rollout(
                 chosen,
                 numbers,

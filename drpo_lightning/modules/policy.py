@@ -340,10 +340,12 @@ class PolicyModule(EngineSide):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:  # noqa: ANN401, ARG002
-        """Logs the optimizer update that has just been completed, if one has."""
+        """Logs the optimizer update that has just been completed, if one has, and frees its gradients."""
         if self.trainer.global_step == self._logged_step:
             return
         self._logged_step = self.trainer.global_step
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad()  # the memory is the engine's until the next backward pass
         sums = torch.tensor([float(self._update_loss), float(self._update_penalty)], device=self.device)
         loss, penalty = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         self._update_loss, self._update_penalty = 0.0, 0.0

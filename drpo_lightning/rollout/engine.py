@@ -245,13 +245,18 @@ class RolloutEngine(ABC):
                 "set `sleep: auto`, which sleeps only where it can"
             )
 
+    @property
+    def sleeps(self) -> bool:
+        """True if the engine gives its memory to the trainer while that trains; known once started."""
+        return self.sleep_mode != "never" and self.can_sleep
+
     def sleep(self) -> None:
         """Gives the engine's memory to the trainer, as far as `sleep` asks for it and the engine can."""
         self.check_sleep()
-        if self.sleep_mode != "never" and self.can_sleep:
+        if self.sleeps:
             self._sleep()
 
     def wake(self) -> None:
         """Undoes `sleep`; weights have to be loaded again before generating."""
-        if self.sleep_mode != "never" and self.can_sleep:
+        if self.sleeps:
             self._wake()

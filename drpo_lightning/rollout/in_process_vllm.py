@@ -1,6 +1,7 @@
 """vLLM in this process, be it the trainer's or one of the engine's own."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from drpo_lightning.rollout.heap import give_back_freed_memory
 from drpo_lightning.rollout.randomness import OwnRandomness
 from drpo_lightning.rollout.served import Heartbeat
 from drpo_lightning.rollout.vllm_requests import VLLMRequests
-from drpo_lightning.rollout.vllm_weights import weight_loader
+from drpo_lightning.rollout.vllm_weights import load_weights, loads_in_place
 
 
 class InProcessVLLM:
@@ -20,11 +21,13 @@ class InProcessVLLM:
 
     Args:
         llm_kwargs: arguments of `vllm.LLM`.
-        heartbeat: beats at every step of generation.
+        heartbeat: beats at every step of generation, in a process of the engine's own; None in the trainer's.
     """
 
     def __init__(self, llm_kwargs: dict[str, Any], heartbeat: Heartbeat | None = None) -> None:
-        self._own_randomness = OwnRandomness()
+        self._own_randomness: Callable[[], AbstractContextManager[None]] = (
+            nullcontext if heartbeat is not None else OwnRandomness()
+        )
         with self._own_randomness():
             from vllm import LLM
 
@@ -32,7 +35,7 @@ class InProcessVLLM:
         if heartbeat is not None:
             _beat_at_every_step(self._llm.llm_engine, heartbeat)
         self._requests = VLLMRequests(self._llm.llm_engine)
-        self._load_weights = weight_loader(self._llm)
+        self._loads_in_place = loads_in_place(self._llm)
         self._weights_version = 0
         self._submitted: dict[int, str] = {}
         """Names of the requests of `submit` by their numbers, until their completions are taken."""
@@ -100,7 +103,7 @@ class InProcessVLLM:
             version: their number, see `RolloutEngine.weights_version`.
             in_flight: what becomes of unfinished requests, see `RolloutEngine.sample_ahead`.
         """
-        self._load_weights(weights)
+        load_weights(self._llm, weights, in_place=self._loads_in_place)
         self._go_on(version, in_flight)
 
     def load_adapter(self, folder: str, version: int, in_flight: InFlight) -> None:
@@ -123,8 +126,8 @@ class InProcessVLLM:
             raise EngineError("the prefix cache could not be reset: requests of an earlier rollout hold its blocks")
 
     def sleep(self) -> None:
-        """Frees the KV cache and moves the weights to the host's memory."""
-        self._llm.sleep(level=1)
+        """Frees the KV cache and the weights, which the trainer has; those that it does not bring go to the host."""
+        self._llm.sleep(level=2 if self._loads_in_place else 1)
 
     def wake(self) -> None:
         """Undoes `sleep`."""

@@ -20,6 +20,8 @@ from drpo_lightning.rollout.process import BUCKET_BYTES, EngineProcess
 from drpo_lightning.rollout.served import Heartbeat
 from drpo_lightning.rollout.weights import model_weight_shapes
 
+SET_ELSEWHERE = ("model", "seed", "trust_remote_code", "enable_sleep_mode", "enable_lora")
+"""Arguments of `vllm.LLM` that other settings decide on."""
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `max_lora_rank`."""
 
@@ -41,7 +43,7 @@ class VLLMEngine(RolloutEngine):
             on a GPU.
         enforce_eager: skips compilation and CUDA graphs: a faster start, slower generation. By default on a CPU
             alone, where compiling needs a C++ compiler.
-        engine_kwargs: further arguments of `vllm.LLM`, passed through untouched.
+        engine_kwargs: further arguments of `vllm.LLM`, passed through untouched, also where there is a default here.
         start_timeout_seconds: how long an engine in a process of its own may take to start. In the trainer's process
             nothing is waited for, and neither the time-outs nor `max_restarts` have a meaning.
         generate_timeout_seconds: how long it may take to sample one rollout.
@@ -89,12 +91,12 @@ class VLLMEngine(RolloutEngine):
             "use_tqdm_on_load": False,
             "generation_config": "vllm",  # stop tokens come with each request, not from the model's folder
         }
-        if owned := sorted((engine_kwargs or {}).keys() & {*self.llm_kwargs, "model", "seed", "trust_remote_code"}):
+        self.engine_kwargs = engine_kwargs or {}
+        if owned := sorted(self.engine_kwargs.keys() & {*self.llm_kwargs, *SET_ELSEWHERE}):
             raise ValueError(f"`engine_kwargs` must not hold {owned}: they are set elsewhere, or must be as they are")
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-            if (size := (engine_kwargs or {}).get(name, 1)) != 1:
+            if (size := self.engine_kwargs.get(name, 1)) != 1:
                 raise ValueError(f"`engine_kwargs` {name} must be 1, got {size}: weights are streamed to one device")
-        self.llm_kwargs |= engine_kwargs or {}
         self.max_context_tokens = max_model_len
         self.kv_cache_gib = kv_cache_gib
         self.start_timeout_seconds = start_timeout_seconds
@@ -184,7 +186,8 @@ class VLLMEngine(RolloutEngine):
         is_eager = llm_kwargs["enforce_eager"]
         if self._on_cpu:
             # A seeded prompt that is computed in parts ends vLLM's engine: "CPU Generator does not use offset".
-            llm_kwargs.setdefault("enable_chunked_prefill", False)
+            llm_kwargs["enable_chunked_prefill"] = False
+        llm_kwargs |= self.engine_kwargs
         if in_process:
             os.environ.update(_environment_of_engine(device, own_process=False, is_eager=is_eager))
             self.max_restarts = 0
@@ -330,6 +333,9 @@ def _environment_of_engine(device: torch.device, *, own_process: bool, is_eager:
             # vLLM compiles the ranking of logprobs at the first request all the same: it would need a C++ compiler.
             environment["TORCHDYNAMO_DISABLE"] = "1"
         environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    # vLLM sets it for the whole process, the trainer's too.
+    name = "VLLM_FLOAT32_MATMUL_PRECISION"
+    environment[name] = os.environ.get(name, torch.get_float32_matmul_precision())
     if importlib.util.find_spec("flashinfer") is None:
         environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     if own_process:

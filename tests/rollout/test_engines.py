@@ -1,9 +1,11 @@
 """The contract that every engine keeps, on the real engines."""
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from drpo_lightning.callbacks import SyncProbe
 from drpo_lightning.errors import SettingError
 from drpo_lightning.functional import sampling_logprobs
 from drpo_lightning.rollout import EngineError, RolloutHooks, TransformersEngine, VLLMEngine
+from drpo_lightning.rollout.in_process_vllm import InProcessVLLM
 from drpo_lightning.rollout.transformers import round_to_fp8
 from tests.rollout.conftest import MODEL, start
 
@@ -158,6 +161,34 @@ def test_settings_that_are_out_of_range_are_refused(setting, problem):
         VLLMEngine(**setting)
 
 
+class Noting(InProcessVLLM):
+    """Only notes what vLLM would be started with."""
+
+    def __init__(self, llm_kwargs):
+        self.llm_kwargs = llm_kwargs
+
+    def properties(self):
+        return 64, 0, "float32"
+
+
+def test_arguments_of_vllm_are_passed_through_untouched(monkeypatch):
+    chosen = {"kv_cache_memory_bytes": 5 * 2**30, "max_loras": 4, "max_lora_rank": 64, "enable_chunked_prefill": True}
+    engine = VLLMEngine(process="in_process", engine_kwargs=chosen | {"block_size": 64})
+    monkeypatch.setattr("drpo_lightning.rollout.vllm.InProcessVLLM", Noting)
+    with patch.dict(os.environ):
+        engine.start(MODEL, device=torch.device("cpu"), num_ranks=1, seed=0, adapter_rank=4)
+    given = engine._local.llm_kwargs
+    assert {name: given[name] for name in chosen} == chosen
+    assert given["block_size"] == 64
+    assert given["enable_lora"] is True
+
+
+@pytest.mark.parametrize("name", ["enable_sleep_mode", "enable_lora", "seed", "logprobs_mode"])
+def test_arguments_of_vllm_that_other_settings_decide_on_are_refused(name):
+    with pytest.raises(ValueError, match=rf"`engine_kwargs` must not hold \['{name}'\]"):
+        VLLMEngine(engine_kwargs={name: 1})
+
+
 def test_vllm_in_the_trainers_process_cannot_be_restarted():
     assert VLLMEngine(process="in_process").max_restarts == 0
     assert VLLMEngine(process="own").max_restarts == 3
@@ -209,7 +240,10 @@ def in_process_rollouts(tmp_path_factory):
         "from drpo_lightning.rollout import VLLMEngine\n"
         "from tests.rollout.conftest import start\n"
         "from tests.rollout.test_engines import with_topk\n"
+        "torch.set_float32_matmul_precision('high')\n"
         "engine = start(VLLMEngine(process='in_process', dtype='float32'))  # eager, on a CPU\n"
+        "assert torch.get_float32_matmul_precision() == 'high', 'the trainer computes with it, too'\n"
+        "torch.set_float32_matmul_precision('highest')\n"
         f"torch.save(with_topk(engine), {str(path)!r})\n"
         "engine.close()\n"
     )

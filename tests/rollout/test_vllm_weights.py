@@ -6,7 +6,7 @@ import pytest
 
 from drpo_lightning.rollout import VLLMEngine
 from drpo_lightning.rollout.in_process_vllm import InProcessVLLM
-from drpo_lightning.rollout.vllm_weights import computes_with_loaded_weights, weight_loader
+from drpo_lightning.rollout.vllm_weights import computes_with_loaded_weights, loads_in_place
 from tests.rollout.conftest import start
 from tests.rollout.test_engines import TOLERANCE
 from tests.rollout.test_weight_sync import worst_difference
@@ -22,10 +22,10 @@ class AsOnAGPU(InProcessVLLM):
         _custom_ops._supports_onednn = False
         super().__init__(llm_kwargs, heartbeat)
         with patch.object(type(current_platform), "is_cuda", lambda _: True):
-            self._load_weights = weight_loader(self._llm)
+            self._loads_in_place = loads_in_place(self._llm)
 
     def loads_directly(self):
-        return self._load_weights == self._model.load_weights
+        return self._loads_in_place
 
     @property
     def _model(self):
