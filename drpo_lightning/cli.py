@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from drpo_lightning.callbacks import RolloutProgress, ValidationTable
+from drpo_lightning.callbacks import RolloutProgress, RolloutStatistics, ValidationTable
 from drpo_lightning.callbacks.end_request import Terminated
 from drpo_lightning.datamodules import RolloutDataModule
 from drpo_lightning.disk import DiskFullError
@@ -135,18 +135,20 @@ class DRPOCommandLine(LightningCLI):
         return [name for name in ours if default(name) is not None]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:  # noqa: ANN401
-        """Adds the progress bar, unless the configuration has one or wants none."""
+        """Adds the statistics of rollouts and the progress bar, where the configuration has none of its own."""
         trainer_config = self._get(self.config_init, "trainer")
         if not isinstance(trainer_config, Namespace):
             raise SettingError(f"`trainer` must hold settings, got {trainer_config!r}")
         callbacks = trainer_config.get("callbacks") or []
         callbacks = [callbacks] if isinstance(callbacks, Callback) else callbacks
-        if trainer_config.get("enable_progress_bar") is not False and not any(
-            isinstance(callback, ProgressBar) for callback in callbacks
-        ):
-            verbose = bool(self._get(self.config_init, "verbose"))
-            trainer_config["callbacks"] = [*callbacks, RolloutProgress(verbose=verbose)]
         _check_callbacks(callbacks)
+        added: list[Callback] = []
+        if not any(isinstance(callback, RolloutStatistics) for callback in callbacks):
+            added.append(RolloutStatistics())
+        wants_bar = trainer_config.get("enable_progress_bar") is not False
+        if wants_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            added.append(RolloutProgress(verbose=bool(self._get(self.config_init, "verbose"))))
+        trainer_config["callbacks"] = [*callbacks, *added]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*AMP with fp16 is not supported on CPU")  # an error below
             try:

@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.callbacks import ProgressBar
 
 from drpo_lightning import cli
-from drpo_lightning.callbacks import RolloutProgress
+from drpo_lightning.callbacks import RolloutProgress, RolloutStatistics
 from drpo_lightning.objectives import DPPO, DRPO
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +103,12 @@ def test_a_progress_bar_is_there_unless_it_is_not_wanted(build):
     assert any(isinstance(callback, RolloutProgress) for callback in build().trainer.callbacks)
     without = build("--trainer.enable_progress_bar=false").trainer.callbacks
     assert not any(isinstance(callback, ProgressBar) for callback in without)
+
+
+def test_statistics_of_rollouts_are_there_once(build):
+    for arguments in ((), (*ON_CPU, "--trainer.callbacks=drpo_lightning.callbacks.ExactMatchReward")):
+        callbacks = build(*arguments).trainer.callbacks
+        assert [type(callback) for callback in callbacks].count(RolloutStatistics) == 1
 
 
 def test_verbose_is_the_progress_bars(build):

@@ -24,12 +24,14 @@ class RolloutStatistics(Callback, RolloutHooks):
     has it), `completions/mean_length` (tokens), `completions/max_length`, `completions/truncated_fraction`,
     `group/zero_std_fraction` (prompts whose samples, without dropped ones, have equal rewards and so no gradient, but
     for that of a penalty); and of the iteration `perf/generate_seconds`, `perf/sync_seconds`, `perf/reward_seconds`,
-    `perf/update_seconds`, `perf/iteration_seconds` (all but `perf/start_seconds`, which the engine takes to start where
+    `perf/update_seconds`, where there is such a thing `perf/wake_seconds` and `perf/sleep_seconds` of the engine,
+    `perf/offload_seconds` of the optimizer's state and `perf/score_seconds` of forward passes before the first update,
+    and `perf/iteration_seconds` (all but `perf/start_seconds`, which the engine takes to start where
     it does), `perf/tokens_per_second` (the completions' tokens over the whole iteration, all ranks),
     `perf/idle_fraction` (share of the iteration in which the trainer waits for completions; where they are sampled
     ahead, `perf/generate_seconds` is what is left to wait), `perf/generate_tokens_per_second` (sampled tokens
     over `perf/generate_seconds`, where they are not), `perf/update_tokens_per_second` (prompts and completions, without
-    padding, over `perf/update_seconds`) and, for a dense transformer on a GPU whose peak is known, `perf/mfu` (model
+    padding, over `perf/update_seconds`) and, for a dense transformer on a device whose peak is known, `perf/mfu` (model
     FLOPs utilization of the updates: see `ModelSize.training_flops` for what is counted, `PEAK_TFLOPS` for the peaks);
     `perf/token_imbalance` and `perf/padding_fraction` (what the split into micro-batches loses, see
     `drpo_lightning.datamodules.micro_batches.split_rollout`); `perf/elapsed_seconds` (since this start of the training,
@@ -44,9 +46,21 @@ class RolloutStatistics(Callback, RolloutHooks):
     `engine/restarts`, how often so far an engine that had failed was started again, where one can be; and what an
     engine says of itself: `VLLMServerEngine` has `engine/servers` (that have the newest weights), `engine/lost_servers`
     and `engine/retried_requests` (so far), as rank 0 sees them.
+
+    `drpo fit` has it also where the configuration does not name it.
+
+    Args:
+        peak_tflops: what one rank's device can do at best, in 10^12 operations per second, for `perf/mfu`; by default
+            the vendor's figure for a GPU that `PEAK_TFLOPS` has. For other devices measure a large matrix product.
+
+    Raises:
+        ValueError: if it is not positive.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, peak_tflops: float | None = None) -> None:
+        if peak_tflops is not None and not peak_tflops > 0:
+            raise ValueError(f"`peak_tflops` must be positive, got {peak_tflops}")
+        self.peak_tflops = peak_tflops
         self._metrics: dict[str, float] = {}
         self._tokens = 0.0
         self._work: UpdateWork | None = None
@@ -80,7 +94,7 @@ class RolloutStatistics(Callback, RolloutHooks):
         if trainer.datamodule.max_staleness == 0:  # type: ignore[attr-defined]
             sampled = self._tokens + resampled.get("discarded_tokens", 0.0)
             self._metrics["perf/generate_tokens_per_second"] = sampled / phases["generate"]
-        self._work = update_work(trainer, pl_module, rollout)
+        self._work = update_work(trainer, pl_module, rollout, self.peak_tflops)
         engine: RolloutEngine = trainer.datamodule.engine  # type: ignore[attr-defined]
         if engine.max_restarts:
             self._metrics["engine/restarts"] = engine.num_restarts

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from drpo_lightning.batch import Rollout
-from drpo_lightning.metrics.model_flops import model_size, peak_flops, product_dtype
+from drpo_lightning.metrics.model_flops import TERA, model_size, peak_flops, product_dtype
 from drpo_lightning.modules import PolicyModule
 
 
@@ -39,13 +39,16 @@ class UpdateWork:
         return metrics
 
 
-def update_work(trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> UpdateWork:
+def update_work(
+    trainer: Trainer, pl_module: LightningModule, rollout: Rollout, peak_tflops: float | None = None
+) -> UpdateWork:
     """Counts the work of the updates on a rollout. Collective.
 
     Args:
         trainer: knows the ranks, the precision, and how much of a rollout is trained on.
         pl_module: the policy; of another module than `PolicyModule` only the tokens are known.
         rollout: this rank's.
+        peak_tflops: of one rank's device; by default that of `PEAK_TFLOPS`.
     """
     completions = torch.tensor([len(c.token_ids) for c in rollout.completions], dtype=torch.float64)
     sequences = torch.tensor(rollout.lengths, dtype=torch.float64)
@@ -59,15 +62,15 @@ def update_work(trainer: Trainer, pl_module: LightningModule, rollout: Rollout) 
     flops = None
     if size is not None:
         flops = size.training_flops(num_tokens=tokens, num_head_tokens=head_tokens, squared_lengths=squares)
-    return UpdateWork(tokens, flops, _peak_of_all_ranks(trainer))
+    peak = _peak_of_a_rank(trainer) if peak_tflops is None else peak_tflops * TERA
+    return UpdateWork(tokens, flops, None if peak is None else peak * trainer.world_size)
 
 
-def _peak_of_all_ranks(trainer: Trainer) -> float | None:
+def _peak_of_a_rank(trainer: Trainer) -> float | None:
     device = trainer.strategy.root_device
     if device.type != "cuda":
         return None
-    peak = peak_flops(torch.cuda.get_device_name(device), product_dtype(trainer.precision))
-    return None if peak is None else peak * trainer.world_size
+    return peak_flops(torch.cuda.get_device_name(device), product_dtype(trainer.precision))
 
 
 def cost_so_far(trainer: Trainer, started: float) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 from drpo_lightning.callbacks import RolloutStatistics
 from drpo_lightning.callbacks.throughput import UpdateWork, update_work
 from drpo_lightning.modules.lora import LoRA
+from drpo_lightning.objectives import DRPO, Decoupled
 
 
 def sizes(rollout):
@@ -40,6 +41,31 @@ def test_the_work_of_a_real_run(make_run, make_memory, make_recorder):
         work = update_work(run.trainer, run.module, rollout)
         assert work.model_flops == pytest.approx(flops_by_hand(lengths, sampled))
         assert work.peak_flops is None
+
+
+def test_a_peak_can_be_given(make_run, make_memory):
+    logger = make_memory()
+    run = make_run(RolloutStatistics(peak_tflops=0.5), trainer={"logger": logger, "max_epochs": 1})
+    run.fit()
+    lengths, sampled = sizes(run.data.rollout)
+    (seconds,), (utilization,) = (logger.values(f"perf/{name}") for name in ("update_seconds", "mfu"))
+    assert utilization * seconds == pytest.approx(flops_by_hand(lengths, sampled) / 0.5e12)
+    with pytest.raises(ValueError, match="`peak_tflops` must be positive, got 0"):
+        RolloutStatistics(peak_tflops=0)
+
+
+def test_the_phases_of_an_iteration_do_not_overlap(make_run, make_memory):
+    logger = make_memory()
+    make_run(
+        RolloutStatistics(),
+        trainer={"logger": logger, "max_epochs": 3},
+        module={"objective": Decoupled(DRPO(0.2))},
+        data={"offload_optimizer": True},
+    ).fit()
+    phases = ("sync", "generate", "reward", "update", "offload", "score")
+    summed = torch.tensor([logger.values(f"perf/{name}_seconds") for name in phases]).sum(0)
+    assert (summed <= torch.tensor(logger.values("perf/iteration_seconds"))).all()
+    assert not any(name in logger.scalars for name in ("perf/wake_seconds", "perf/sleep_seconds"))
 
 
 def test_time_and_memory_of_the_process_only_grow(make_run, make_memory):

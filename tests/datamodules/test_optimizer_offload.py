@@ -99,3 +99,15 @@ def test_a_rollout_that_fails_leaves_the_state_whole(make_run):
     with pytest.raises(RewardError, match="no more"):
         run.fit()
     assert all(tensor.untyped_storage().nbytes() for tensor in tensors_of(run.trainer.optimizers[0]))
+
+
+def test_while_the_engine_samples_there_are_no_gradients(make_run):
+    found = []
+
+    def watching(completion_ids, **_):
+        found.append(any(parameter.grad is not None for parameter in run.module.parameters()))
+        return [float(ids[0] % 2) for ids in completion_ids]
+
+    run = make_run(rewards=[FunctionReward(watching, name="watching")], trainer={"max_epochs": 3})
+    run.fit()
+    assert found == [False] * 3
