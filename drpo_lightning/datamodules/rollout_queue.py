@@ -91,12 +91,16 @@ class RolloutQueue:
         They are kept until the next `fill`, for a checkpoint from before they are scored.
 
         Raises:
-            EngineError: if the engine fails.
+            EngineError: if the engine fails, or returns a sample that is too old.
         """
         numbers = [request.number for request in self._make_requests(iteration)]
         self._keep(self._engine.collect([number for number in numbers if number in self._under_way]))
         groups = [self._groups[number] for number in numbers]
-        assert all(_staleness(group, iteration) <= self.max_staleness for group in groups), "a sample is too old"
+        if (oldest := max(_staleness(group, iteration) for group in groups)) > self.max_staleness:
+            raise EngineError(
+                f"the engine returned a completion from {oldest} weight syncs ago, more than `data.max_staleness` "
+                f"{self.max_staleness}"
+            )
         return [group.completions for group in groups]
 
     def _keep(self, completions: Mapping[int, list[Completion]]) -> None:

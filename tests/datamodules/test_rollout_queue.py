@@ -151,6 +151,16 @@ def test_an_engine_that_cannot_be_restarted_ends_the_run(make_run):
     assert not run.data.engine.is_started
 
 
+def test_a_sample_of_weights_that_are_too_old_is_not_trained_on(make_run):
+    class LateEngine(EngineAhead):
+        def _answer(self, number):
+            self.begun[number] -= 2
+            return super()._answer(number)
+
+    with pytest.raises(EngineError, match=r"from 3 weight syncs ago, more than `data\.max_staleness` 2"):
+        ahead(make_run, max_staleness=2, engine=LateEngine(), data={"in_flight": "continue"}).fit()
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
