@@ -4,39 +4,41 @@
     python benchmarks/step.py --preset quickstart --trl-python .venv-trl/bin/python
 
 Each side is a process of its own, in its own environment, which does nothing until it is asked for a step; they are
-asked in turn. Where both do not fit on the device together, `--alternate runs` starts each anew for every turn. A step
-is one rollout and its updates. Its phases: `sync`, bringing the weights to the engine; `logprobs`, forward passes of
-the trainer before the updates; `generate`, all else until the first update, with waking the engine, decoding and the
-reward; `update`, the rest. Without `--trl-python` our side runs alone.
+asked in turn. Where both do not fit on the device together, `--alternate runs` starts each anew for every turn, in
+which it runs `--steps-per-turn` steps. A step is one rollout and its updates. Its phases: `sync`, bringing the weights
+to the engine; `logprobs`, forward passes of the trainer before the updates; `generate`, all else until the first
+update, with waking the engine, decoding and the reward; `update`, the rest. Without `--trl-python` our side runs alone.
+
+    python benchmarks/step.py --preset quickstart-overlapped
+    python benchmarks/step.py --preset quickstart --engine vllm --seeded-requests both
+
+With `--max-staleness` our engine has a process of its own and samples rollouts ahead while the policy trains. Our side
+then runs one after the other, too, and a second table shows how much each phase is slowed down.
 """
 
 import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from step_clock import Workload
-from step_presets import PRESETS, Limits, make_prompts, make_random_llama, measured_limits
-
-from drpo_lightning.callbacks.tensorboard import markdown_table
+from step_presets import DEFAULTS, PRESETS, make_prompts, make_random_llama, measured_limits
+from step_tables import Step, check_equal_work, contention_table, table, uncontended_seconds, with_phases
 
 HERE = Path(__file__).parent
-PHASES = ("generate", "sync", "logprobs", "update", "step")
-Step = dict[str, dict[str, float]]
-"""What a side answers: `seconds` of phases, and `counts`."""
-
-
+OURS, ALONE, THEIRS = "drpo-lightning", "one after the other", "TRL"
+"""Titles of the sides: ours as it is set, ours without sampling ahead, and TRL's."""
+UNSEEDED = "not seeded"
 class Side:
     """A process that runs a step each time that it is asked.
 
@@ -105,15 +107,6 @@ class Side:
         self._process.communicate()
 
 
-def with_phases(step: Step) -> Step:
-    """Splits the rollout and what is left of the step."""
-    seconds = {"sync": 0.0, "logprobs": 0.0} | step["seconds"]
-    rollout = seconds.pop("rollout")
-    seconds["generate"] = rollout - seconds["sync"] - seconds["logprobs"]
-    seconds["update"] = seconds["step"] - rollout
-    return {"seconds": seconds, "counts": step["counts"]}
-
-
 def measure(sides: Sequence[Side], *, turns: int, steps_per_turn: int, keep_alive: bool) -> dict[str, list[Step]]:
     """Steps of each side, one side at a time and in turn.
 
@@ -134,35 +127,6 @@ def measure(sides: Sequence[Side], *, turns: int, steps_per_turn: int, keep_aliv
     return steps
 
 
-def check_equal_work(steps: dict[str, list[Step]]) -> dict[str, float]:
-    """What every step of every side counts; raises `ValueError` if they differ."""
-    counts = [step["counts"] for of_side in steps.values() for step in of_side]
-    if any(other != counts[0] for other in counts):
-        raise ValueError(f"the sides did different work: { ({n: s[0]['counts'] for n, s in steps.items()}) }")
-    return counts[0]
-
-
-def table(steps: dict[str, list[Step]], limits: Limits) -> str:
-    """Median, least and largest seconds of each phase, the ratio of the medians, and the limit's share of them."""
-    header = ["seconds", *steps, *(["TRL / ours"] if len(steps) > 1 else []), "limit", *(f"limit / {n}" for n in steps)]
-    rows = []
-    for phase in PHASES:
-        seconds = [[step["seconds"][phase] for step in of_side] for of_side in steps.values()]
-        if any(map(any, seconds)):
-            rows.append([phase, *phase_cells(seconds, limits.seconds.get(phase))])
-    return markdown_table(header, rows)
-
-
-def phase_cells(seconds: Sequence[Sequence[float]], limit: float | None) -> list[str]:
-    """A row of the table, from the seconds of each side."""
-    medians = [statistics.median(values) for values in seconds]
-    cells = [f"{m:.3g} ({min(v):.3g} to {max(v):.3g})" for m, v in zip(medians, seconds, strict=True)]
-    if len(medians) > 1:
-        cells.append(f"{medians[1] / medians[0]:.2f}" if all(medians) else "")
-    shares = [f"{limit / median:.0%}" if limit and median else "" for median in medians]
-    return [*cells, f"{limit:.3g}" if limit else "", *shares]
-
-
 def machine_name(device: str) -> str:
     """The processor, or the GPU."""
     if device == "cuda":
@@ -177,9 +141,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="quickstart")
     parser.add_argument("--trl-python", help="interpreter of an environment with TRL 1.16")
-    parser.add_argument("--turns", type=int, default=7, help="turns of each side")
+    parser.add_argument("--turns", type=int, help="turns of each side")
     parser.add_argument("--steps-per-turn", type=int)
-    parser.add_argument("--warmup", type=int, default=2, help="steps that are left out after each start")
+    parser.add_argument("--warmup", type=int, help="steps that are left out after each start")
     parser.add_argument("--alternate", choices=["steps", "runs"], help="whether each turn is a step or a new process")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch on a CPU")
     parser.add_argument("--out", type=Path, help="file for all seconds, counts and versions as JSON")
@@ -195,18 +159,35 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"])
     parser.add_argument("--engine", choices=["transformers", "vllm"])
+    parser.add_argument("--engine-process", choices=["in_process", "own"], help="where our vLLM runs")
+    parser.add_argument("--max-staleness", type=int, help="rollouts that our engine samples ahead; 0 is none")
+    parser.add_argument(
+        "--seeded-requests", choices=["on", "off", "both"], help="our `data.seeded_requests`; `both` compares them"
+    )
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument(
         "--recompute-logprobs", action="store_true", help="TRL's default with vLLM: a forward pass more"
     )
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.3, help="vLLM's share of the GPU")
+    parser.add_argument("--gpu-memory-utilization", type=float, help="vLLM's share of the GPU")
     parser.add_argument("--max-model-len", type=int, default=512, help="most tokens of a sequence in vLLM")
     values = parser.parse_args(arguments)
-    preset = {"alternate": "steps", "steps_per_turn": 1} | PRESETS[values.preset]
-    for name, value in preset.items():
+    if values.max_staleness and values.alternate is None:
+        values.alternate = "runs"
+    for name, value in (DEFAULTS | PRESETS[values.preset]).items():
         if getattr(values, name) is None:
             setattr(values, name, value)
+    check_comparison(values, parser)
     return values
+
+
+def check_comparison(settings: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Ends with a message where what is asked for cannot be compared."""
+    if settings.max_staleness and settings.engine != "vllm":
+        parser.error(f"`--max-staleness` must be 0 with `--engine {settings.engine}`, got {settings.max_staleness}")
+    if settings.max_staleness and settings.alternate != "runs":
+        parser.error("`--alternate` must be `runs` with `--max-staleness`: the engine would sample in another's turn")
+    if settings.seeded_requests == "both" and (settings.max_staleness or settings.trl_python):
+        parser.error("`--seeded-requests both` must stand without `--max-staleness` and `--trl-python`")
 
 
 def make_workload(settings: argparse.Namespace, folder: Path) -> Workload:
@@ -216,45 +197,75 @@ def make_workload(settings: argparse.Namespace, folder: Path) -> Workload:
         make_random_llama(Path(settings.model))
     settings.prompts = make_prompts(settings.template, settings.num_prompts)
     turns = settings.turns if settings.alternate == "steps" else 1
-    settings.num_steps = settings.warmup + turns * settings.steps_per_turn
-    return Workload(**{field.name: getattr(settings, field.name) for field in fields(Workload)})
+    # The last rollouts of a run have none after them to sample ahead: they are not asked for.
+    settings.num_steps = settings.warmup + turns * settings.steps_per_turn + settings.max_staleness
+    values = {field.name: getattr(settings, field.name) for field in fields(Workload)}
+    seeded = {"on": True, "both": True, "off": False, None: None}[settings.seeded_requests]
+    return Workload(**values | {"seeded_requests": seeded})
 
 
-def make_sides(settings: argparse.Namespace, workload: Path, folder: Path) -> list[Side]:
-    """Ours, and TRL's if there is an environment for it."""
+def workloads(settings: argparse.Namespace, workload: Workload) -> dict[str, Workload]:
+    """What each side of ours does: as it is set, and what that is compared with."""
+    if settings.max_staleness:
+        alone = replace(workload, max_staleness=0, engine_process="own")
+        return {ALONE: alone, OURS: workload}
+    if settings.seeded_requests == "both":
+        return {UNSEEDED: replace(workload, seeded_requests=False), "seeded": workload}
+    return {OURS: workload}
+
+
+def make_sides(settings: argparse.Namespace, ours: Mapping[str, Workload], folder: Path) -> list[Side]:
+    """Those of ours, and TRL's if there is an environment for it."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(settings.threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # or the side that waits would take a core
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    ours = environment | {"PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), os.getenv("PYTHONPATH")]))}
-    theirs = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
-    sides = [("drpo-lightning", sys.executable, "step_drpo.py", ours)]
+    of_ours = environment | {"PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), os.getenv("PYTHONPATH")]))}
+    of_theirs = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
+    sides = [(name, sys.executable, "step_drpo.py", of_ours, workload) for name, workload in ours.items()]
     if settings.trl_python:
-        sides.append(("TRL", settings.trl_python, "step_trl.py", theirs))
+        sides.append((THEIRS, settings.trl_python, "step_trl.py", of_theirs, [*ours.values()][-1]))
     return [
         Side(
             name,
             python,
             script,
-            workload=workload,
-            log=folder / f"{script}.log",
+            workload=write_workload(workload, folder / f"{number}.json"),
+            log=folder / f"{number}.log",
             environment=variables,
             warmup=settings.warmup,
         )
-        for name, python, script, variables in sides
+        for number, (name, python, script, variables, workload) in enumerate(sides)
     ]
 
 
+def write_workload(workload: Workload, path: Path) -> Path:
+    """Writes it for a side, and gives the path."""
+    path.write_text(json.dumps(asdict(workload)))
+    return path
+
+
+def order(sides: Sequence[Side], settings: argparse.Namespace) -> str:
+    """In which order the steps were taken, in words."""
+    names = ", ".join(side.name for side in sides)
+    if settings.alternate == "steps":
+        return f"each turn {settings.steps_per_turn} step(s) of: {names}; {settings.turns} turns"
+    return (
+        f"each turn a process of: {names}, one after the other, each with {settings.warmup} + "
+        f"{settings.steps_per_turn} steps; {settings.turns} turn(s)"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures, and prints a table."""
+    """Measures, and prints the tables."""
     settings = parse_arguments(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         workload = make_workload(settings, folder)
-        (folder / "workload.json").write_text(json.dumps(asdict(workload)))
-        sides = make_sides(settings, folder / "workload.json", folder)
+        ours = workloads(settings, workload)
+        sides = make_sides(settings, ours, folder)
         steps = measure(
             sides,
             turns=settings.turns,
@@ -268,12 +279,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items()))
     for side in sides:
         print(f"{side.name}: {', '.join(f'{name} {number}' for name, number in side.versions.items())}")
+    print(order(sides, settings))
     print(
         f"large products {limits.machine['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s, "
         f"large copies {limits.machine['copied_bytes_per_second'] / 1e9:.1f} GB/s; "
         f"median (least to largest) of {settings.turns * settings.steps_per_turn} steps\n"
     )
-    print(table(steps, limits))
+    print(table({name: of_side for name, of_side in steps.items() if name != ALONE}, limits))
+    if ALONE in steps:
+        print(f"\n{contention_table(steps[ALONE], steps[OURS])}\n")
+        print(f"a step would take {uncontended_seconds(steps[ALONE]):.3g} s if neither slowed the other down")
     if settings.out:
         versions = {side.name: side.versions for side in sides}
         report = {"workload": asdict(workload), "versions": versions, "machine": machine_name(settings.device)}

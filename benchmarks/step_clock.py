@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,6 +42,9 @@ class Workload:
             forward pass more.
         max_model_len: most tokens of a sequence in vLLM.
         gpu_memory_utilization: share of the GPU that vLLM takes while it is awake.
+        engine_process: where our vLLM runs, `in_process` or `own`.
+        max_staleness: rollouts that our engine samples ahead, in a process of its own.
+        seeded_requests: whether our requests have seeds of their own; None leaves it to the package.
     """
 
     model: str
@@ -61,6 +64,9 @@ class Workload:
     recompute_logprobs: bool = False
     max_model_len: int = 512
     gpu_memory_utilization: float = 0.3
+    engine_process: Literal["in_process", "own"] = "in_process"
+    max_staleness: int = 0
+    seeded_requests: bool | None = None
 
     @staticmethod
     def from_file(path: str) -> "Workload":

@@ -16,9 +16,6 @@ from drpo_lightning.modules import PolicyModule
 from drpo_lightning.objectives import ClippedRatio
 from drpo_lightning.rollout import RolloutEngine, RolloutHooks, TransformersEngine, VLLMEngine
 
-NO_TOKEN = -1
-
-
 class FixedPrompts(PromptSource):
     """The same texts at every step."""
 
@@ -31,21 +28,37 @@ class FixedPrompts(PromptSource):
 
 
 class SteppedRun(Callback, RolloutHooks):
-    """Stops at the start of each iteration until it is asked for; the first of the callbacks."""
+    """Stops at the start of each iteration until it is asked for; the first of the callbacks.
 
-    def __init__(self, clock: StepClock) -> None:
+    Args:
+        clock: times the steps.
+        engine: the one that samples.
+    """
+
+    def __init__(self, clock: StepClock, engine: RolloutEngine) -> None:
         self.clock = clock
+        self.engine = engine
         self.started = 0.0
+        self.sampling_seconds = 0.0
 
     def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """The iteration before ends here, too."""
+        self._note_engine()
         self.clock.next_step(trainer.global_step)
         self.started = self.clock.now()
+
+    def _note_engine(self) -> None:
+        """Notes how long an engine in a process of its own has computed since this was last noted."""
+        before = self.sampling_seconds
+        self.sampling_seconds = self.engine.sampling_seconds if isinstance(self.engine, VLLMEngine) else 0.0
+        self.clock.add_seconds("engine", self.sampling_seconds - before)
 
     def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:  # noqa: ARG002
         """Notes the phases."""
         self.clock.add_seconds("rollout", self.clock.now() - self.started)
-        self.clock.add_seconds("sync", trainer.datamodule.phase_seconds["sync"])  # type: ignore[attr-defined]
+        phases: dict[str, float] = trainer.datamodule.phase_seconds  # type: ignore[attr-defined]
+        self.clock.add_seconds("sync", phases["sync"])
+        self.clock.add_seconds("waiting", phases["generate"])
         self.clock.count("sampled_tokens", rollout.num_completion_tokens)
         self.clock.count("prompt_tokens", sum(map(len, rollout.prompt_ids)))
 
@@ -62,15 +75,16 @@ class SteppedRun(Callback, RolloutHooks):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """The last iteration ends."""
+        self._note_engine()
         self.clock.end_step(trainer.global_step)
 
 
 def make_engine(workload: Workload) -> RolloutEngine:
-    """The engine in this process."""
+    """The engine, in this process unless the workload says otherwise."""
     if workload.engine == "transformers":
         return TransformersEngine(dtype="float32" if workload.precision == "32-true" else "bfloat16")
     return VLLMEngine(
-        process="in_process",
+        process="own" if workload.max_staleness else workload.engine_process,
         max_model_len=workload.max_model_len,
         gpu_memory_utilization=workload.gpu_memory_utilization,
     )
@@ -83,6 +97,7 @@ def main() -> None:
     clock = StepClock(workload.device)
     torch.set_num_threads(workload.threads)
     seed_everything(0, verbose=False)
+    engine = make_engine(workload)
     trainer = Trainer(
         accelerator="cpu" if workload.device == "cpu" else "gpu",
         devices=1,
@@ -91,7 +106,7 @@ def main() -> None:
         accumulate_grad_batches=workload.num_micro_batches,
         gradient_clip_val=1.0,
         callbacks=[
-            SteppedRun(clock),
+            SteppedRun(clock, engine),
             FunctionReward(scattered_reward, name="scattered"),
             RolloutStatistics(),
             PolicyShift(),
@@ -114,7 +129,7 @@ def main() -> None:
         gradient_checkpointing=workload.gradient_checkpointing,
     )
     data = RolloutDataModule(
-        engine=make_engine(workload),
+        engine=engine,
         prompts=FixedPrompts(workload.prompts),
         model=workload.model,
         num_prompts=len(workload.prompts),
@@ -122,10 +137,12 @@ def main() -> None:
         num_updates=workload.num_updates,
         sampling=Sampling(max_tokens=workload.max_tokens, temperature=workload.temperature),
         advantage="group_mean_std",
+        max_staleness=workload.max_staleness,
+        seeded_requests=workload.seeded_requests,
     )
     if data.encoder.tokenizer.pad_token is None:
         data.encoder.tokenizer.pad_token = data.encoder.tokenizer.eos_token
-    data.encoder.stop_token_ids = [NO_TOKEN]
+    data.encoder.stop_token_ids = []
     trainer.fit(module, data)
 
 

@@ -148,7 +148,7 @@ def _beat_at_every_step(engine: Any, heartbeat: Heartbeat) -> None:  # noqa: ANN
     step = engine.step
 
     def beating_step() -> Any:  # noqa: ANN401
-        heartbeat.beat()
-        return step()
+        with heartbeat.beating():
+            return step()
 
     engine.step = beating_step

@@ -30,19 +30,33 @@ SET_PARENT_DEATH_SIGNAL = 1
 
 
 class Heartbeat:
-    """A counter in shared memory, by which another process sees that work goes on."""
+    """Counters in shared memory, by which another process sees that work goes on."""
 
     def __init__(self) -> None:
         self._count = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._busy_seconds = torch.zeros(1, dtype=torch.float64).share_memory_()  # type: ignore[no-untyped-call]
 
     def beat(self) -> None:
         """Shows progress."""
         self._count += 1
 
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Shows progress, and adds the time of the block to `busy_seconds`."""
+        self.beat()
+        started = time.perf_counter()
+        yield
+        self._busy_seconds += time.perf_counter() - started
+
     @property
     def count(self) -> int:
         """Beats so far."""
         return int(self._count)
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time in `beating` so far."""
+        return float(self._busy_seconds)
 
 
 def serve(

@@ -107,6 +107,7 @@ class VLLMEngine(RolloutEngine):
         self.max_restarts = 0 if process == "in_process" else max_restarts
         self._local: InProcessVLLM | None = None
         self._remote: EngineProcess | None = None
+        self._heartbeat: Heartbeat | None = None
         self._on_cpu = True
         self._adapter_folder: AdapterFolder | None = None
         self._in_flight: InFlight = "continue"
@@ -140,6 +141,14 @@ class VLLMEngine(RolloutEngine):
     def can_sleep(self) -> bool:
         """True on a GPU: vLLM's sleep level 1 frees the KV cache and moves the weights to the host's memory."""
         return not self._on_cpu
+
+    @property
+    def sampling_seconds(self) -> float:
+        """Seconds in which an engine in a process of its own has computed tokens since its start; may always be asked.
+
+        In the trainer's process it is 0: there the trainer waits, and knows.
+        """
+        return 0.0 if self._heartbeat is None else self._heartbeat.busy_seconds
 
     def sample_ahead(self, in_flight: InFlight) -> None:
         """See `RolloutEngine.sample_ahead`: takes a process of its own, and does not sleep."""
@@ -195,13 +204,13 @@ class VLLMEngine(RolloutEngine):
         else:
             shapes = model_weight_shapes(model, trust_remote_code=trust_remote_code)
             largest = max(shape.numel() for shape in shapes.values()) * torch.float32.itemsize
-            heartbeat = Heartbeat()
+            self._heartbeat = Heartbeat()
             self._remote = EngineProcess(
                 InProcessVLLM,
-                (llm_kwargs, heartbeat),
+                (llm_kwargs, self._heartbeat),
                 _environment_of_engine(device, own_process=True, is_eager=is_eager),
                 max(BUCKET_BYTES, largest),
-                heartbeat,
+                self._heartbeat,
                 device,
             )
         try:
