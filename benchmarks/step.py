@@ -39,6 +39,8 @@ HERE = Path(__file__).parent
 OURS, ALONE, THEIRS = "drpo-lightning", "one after the other", "TRL"
 """Titles of the sides: ours as it is set, ours without sampling ahead, and TRL's."""
 UNSEEDED = "not seeded"
+
+
 class Side:
     """A process that runs a step each time that it is asked.
 

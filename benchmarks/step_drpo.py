@@ -16,6 +16,7 @@ from drpo_lightning.modules import PolicyModule
 from drpo_lightning.objectives import ClippedRatio
 from drpo_lightning.rollout import RolloutEngine, RolloutHooks, TransformersEngine, VLLMEngine
 
+
 class FixedPrompts(PromptSource):
     """The same texts at every step."""
 

@@ -83,7 +83,7 @@ def contention_table(alone: Sequence[Step], overlapped: Sequence[Step]) -> str:
 
 
 def uncontended_seconds(alone: Sequence[Step]) -> float:
-    """What an overlapped step would take if neither slowed the other: the longer of the trainer's and the engine's work.
+    """What an overlapped step would take if neither slowed the other: the longer of the trainer's and the engine's.
 
     Args:
         alone: steps one after the other.
