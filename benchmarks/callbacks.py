@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -128,19 +128,19 @@ def measure(model: str, *, num_rollouts: int, num_prompts: int, folder: str) -> 
     return dict(seconds), end.seconds
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--rollouts", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=8, help="per rollout, with 8 completions each")
-    arguments = parser.parse_args()
+    settings = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         seconds, steps = measure(
-            arguments.model, num_rollouts=arguments.rollouts, num_prompts=arguments.prompts, folder=folder
+            settings.model, num_rollouts=settings.rollouts, num_prompts=settings.prompts, folder=folder
         )
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} thread(s)")
-    print(f"{arguments.rollouts} rollouts of {8 * arguments.prompts} completions, 4 updates each")
+    print(f"{settings.rollouts} rollouts of {8 * settings.prompts} completions, 4 updates each")
     print(f"{'training steps':22} {steps:9.2f} s")
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
         print(f"{name:22} {value:9.2f} s {value / steps:8.2%}")

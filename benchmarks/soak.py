@@ -10,6 +10,7 @@ second. It exits with 1 if memory grows by more than 2 %, or anything else that 
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -193,10 +194,10 @@ def series(samples: Sequence[Sample]) -> dict[str, tuple[list[float], list[float
 
 
 def sixth(minutes: Sequence[float], values: Sequence[float], number: int) -> float:
-    """Median of a sixth of the time."""
-    end = minutes[-1]
+    """Median of a sixth of the time; NaN if nothing was counted in it."""
+    end = max(minutes, default=0.0)
     chosen = [v for m, v in zip(minutes, values, strict=True) if number * end / 6 <= m <= (number + 1) * end / 6]
-    return statistics.median(chosen)
+    return statistics.median(chosen or [math.nan])
 
 
 def report(samples: Sequence[Sample]) -> bool:

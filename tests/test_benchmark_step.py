@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from drpo_lightning.rollout import VLLMEngine
+from drpo_lightning.rollout.served import Heartbeat
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "step.py"
+PHASES = ("generate", "sync", "logprobs", "update", "step")
 SMALL = ["--num-prompts", "4", "--group-size", "4", "--max-tokens", "6", "--num-micro-batches", "2"]
 SMALL += ["--turns", "2", "--warmup", "1"]
 
@@ -22,7 +27,7 @@ def benchmark():
     sys.path.insert(0, str(SCRIPT.parent))
     yield importlib.import_module("step")
     sys.path.remove(str(SCRIPT.parent))
-    for name in ("step", "step_clock", "step_presets"):
+    for name in ("step", "step_clock", "step_presets", "step_tables"):
         del sys.modules[name]
 
 
@@ -68,7 +73,7 @@ def check_steps(steps):
         assert counts["sampled_tokens"] == counts["trained_tokens"] == 16 * 6
         assert counts["updates"] == 1
         assert min(seconds[name] for name in ("generate", "update", "step")) > 0
-        assert seconds["step"] == pytest.approx(sum(seconds.values()) - seconds["step"])
+        assert seconds["step"] == pytest.approx(sum(seconds[name] for name in ("generate", "sync", "update")))
 
 
 def test_our_side_runs_alone(run):
@@ -111,7 +116,7 @@ def test_both_sides_do_the_same_work(run):
     assert ours == theirs
     assert all(step["updates"] == 2 for step in ours)
     assert report["steps"]["TRL"][0]["seconds"]["logprobs"] > 0  # its policy has no logprobs of the engine
-    assert "TRL / ours" in printed
+    assert "TRL / drpo-lightning" in printed
 
 
 def test_different_work_is_refused(benchmark):
@@ -131,10 +136,11 @@ def test_phases_make_a_step(benchmark):
 
 def test_the_table_has_medians_ratios_and_shares_of_the_limit(benchmark):
     def steps(*updates):
-        return [{"seconds": dict.fromkeys(benchmark.PHASES, 0.0) | {"update": update}} for update in updates]
+        return [{"seconds": dict.fromkeys(PHASES, 0.0) | {"update": update}} for update in updates]
 
-    limits = benchmark.Limits({}, {"update": 1.0})
+    limits = sys.modules["step_presets"].Limits({}, {"update": 1.0})
     rows = benchmark.table({"ours": steps(2.0, 1.0, 9.0), "TRL": steps(5.0, 6.0, 4.0)}, limits).splitlines()
+    assert rows[0] == "| seconds | ours | TRL | TRL / ours | limit | limit / ours | limit / TRL |"
     assert rows[2:] == ["| update | 2 (1 to 9) | 5 (4 to 6) | 2.50 | 1 | 50% | 20% |"]
 
 
@@ -149,7 +155,90 @@ def test_the_operations_of_a_step(benchmark):
     assert replace(workload, num_updates=2, num_micro_batches=2).micro_batch_size == 2
 
 
-@pytest.mark.parametrize("name", ["quickstart", "smollm2", "h100"])
+def contended(**medians):
+    """Three steps whose phases have these medians."""
+    return [{"seconds": {name: factor * value for name, value in medians.items()}} for factor in (0.5, 1.0, 4.0)]
+
+
+def test_contention_is_each_phase_overlapped_beside_alone(benchmark):
+    alone = contended(engine=3.0, waiting=3.5, sync=0.5, update=4.0, step=8.25)
+    overlapped = contended(engine=4.5, waiting=0.0, sync=0.5, update=5.0, step=5.75)
+    rows = [row.split(" | ") for row in benchmark.contention_table(alone, overlapped).splitlines()]
+    assert [row[0].removeprefix("| ") for row in rows[2:]] == [
+        "the engine samples",
+        "the trainer waits for samples",
+        "sync",
+        "update",
+        "step",
+    ]
+    assert [row[3].removesuffix(" |") for row in rows[2:]] == ["1.50", "0.00", "1.00", "1.25", "0.70"]
+    assert rows[2][1:3] == ["3 (1.5 to 12)", "4.5 (2.25 to 18)"]
+
+
+@pytest.mark.parametrize(("engine", "seconds"), [(3.0, 4.75), (6.0, 6.5)])
+def test_without_contention_the_longer_of_both_is_the_step(benchmark, engine, seconds):
+    alone = contended(engine=engine, waiting=engine + 0.5, sync=0.5, update=4.0, step=engine + 5.25)
+    assert benchmark.uncontended_seconds(alone) == pytest.approx(seconds)
+
+
+def test_sampling_ahead_is_compared_with_one_after_the_other(benchmark, tmp_path):
+    settings = benchmark.parse_arguments([*SMALL, "--preset", "quickstart-overlapped", "--max-staleness", "2"])
+    workload = benchmark.make_workload(settings, tmp_path)
+    ours = benchmark.workloads(settings, workload)
+    assert [(name, work.max_staleness) for name, work in ours.items()] == [
+        ("one after the other", 0),
+        ("drpo-lightning", 2),
+    ]
+    assert ours["one after the other"].engine_process == "own"
+    assert workload.num_steps == 1 + settings.steps_per_turn + 2  # those of the end have nothing ahead of them
+    assert settings.alternate == "runs"
+
+
+@pytest.mark.parametrize(
+    ("asked", "seeded"), [(None, [None]), ("on", [True]), ("off", [False]), ("both", [False, True])]
+)
+def test_seeded_requests_are_as_asked_for_or_compared(benchmark, tmp_path, asked, seeded):
+    settings = benchmark.parse_arguments([*SMALL, *([] if asked is None else ["--seeded-requests", asked])])
+    ours = benchmark.workloads(settings, benchmark.make_workload(settings, tmp_path))
+    assert [work.seeded_requests for work in ours.values()] == seeded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-staleness", "1"], "must be 0 with `--engine transformers`, got 1"),
+        (["--max-staleness", "1", "--engine", "vllm", "--alternate", "steps"], "must be `runs` with `--max-staleness`"),
+        (["--seeded-requests", "both", "--trl-python", "python"], "must stand without"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(benchmark, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        benchmark.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.reliability
+def test_an_overlapped_step_does_the_work_of_one_after_the_other(run):
+    arguments = ["--preset", "quickstart-overlapped", "--turns", "1", "--steps-per-turn", "2"]
+    report, printed = run(*arguments)
+    check_steps(report["steps"]["one after the other"])
+    check_steps(report["steps"]["drpo-lightning"])
+    for step in report["steps"]["one after the other"]:
+        assert 0 < step["seconds"]["engine"] < step["seconds"]["waiting"]
+    assert sum(step["seconds"]["engine"] for step in report["steps"]["drpo-lightning"]) > 0
+    assert "| the engine samples |" in printed
+    assert "each turn a process of: one after the other, drpo-lightning" in printed
+
+
+@pytest.mark.reliability
+def test_seeded_requests_do_the_work_of_others(run):
+    report, printed = run("--engine", "vllm", "--seeded-requests", "both")
+    check_steps(report["steps"]["seeded"])
+    check_steps(report["steps"]["not seeded"])
+    assert "seeded / not seeded" in printed
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-overlapped", "smollm2", "h100", "h100-overlapped"])
 def test_a_preset_can_be_split_evenly(benchmark, name):
     settings = benchmark.parse_arguments(["--preset", name])
     assert settings.num_prompts * settings.group_size % (settings.num_updates * settings.num_micro_batches) == 0
@@ -181,3 +270,19 @@ def test_the_random_llama_has_the_shape_that_it_is_named_for(benchmark):
 def test_a_setting_takes_the_place_of_the_presets(benchmark):
     settings = benchmark.parse_arguments(["--preset", "h100", "--alternate", "steps", "--max-tokens", "5"])
     assert (settings.alternate, settings.max_tokens, settings.engine) == ("steps", 5, "vllm")
+    assert (settings.turns, settings.steps_per_turn, settings.gpu_memory_utilization) == (1, 5, 0.5)
+
+
+def test_the_engines_seconds_are_those_of_its_own_steps():
+    heartbeat = Heartbeat()
+    with heartbeat.beating():
+        time.sleep(0.02)
+    after_one = heartbeat.busy_seconds
+    assert after_one >= 0.02
+    time.sleep(0.02)
+    assert heartbeat.busy_seconds == after_one
+    with heartbeat.beating():
+        time.sleep(0.01)
+    assert heartbeat.busy_seconds >= after_one + 0.01
+    assert heartbeat.count == 2
+    assert VLLMEngine().sampling_seconds == 0  # nothing has started
