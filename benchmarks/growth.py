@@ -171,7 +171,7 @@ def backward(network: PolicyNetwork, batch: RolloutBatch, precision: str) -> tor
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         logprobs = network(*(tensor.to(device) for tensor in inputs))
     loss: torch.Tensor = -(logprobs * batch.advantages.to(device)).sum() / batch.num_update_tokens
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 

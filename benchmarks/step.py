@@ -161,7 +161,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"])
     parser.add_argument("--engine", choices=["transformers", "vllm"])
-    parser.add_argument("--engine-process", choices=["in_process", "own"], help="where our vLLM runs")
     parser.add_argument("--max-staleness", type=int, help="rollouts that our engine samples ahead; 0 is none")
     parser.add_argument(
         "--seeded-requests", choices=["on", "off", "both"], help="our `data.seeded_requests`; `both` compares them"
@@ -201,6 +200,7 @@ def make_workload(settings: argparse.Namespace, folder: Path) -> Workload:
     turns = settings.turns if settings.alternate == "steps" else 1
     # The last rollouts of a run have none after them to sample ahead: they are not asked for.
     settings.num_steps = settings.warmup + turns * settings.steps_per_turn + settings.max_staleness
+    settings.engine_process = "own" if settings.max_staleness else "in_process"
     values = {field.name: getattr(settings, field.name) for field in fields(Workload)}
     seeded = {"on": True, "both": True, "off": False, None: None}[settings.seeded_requests]
     return Workload(**values | {"seeded_requests": seeded})
@@ -209,8 +209,7 @@ def make_workload(settings: argparse.Namespace, folder: Path) -> Workload:
 def workloads(settings: argparse.Namespace, workload: Workload) -> dict[str, Workload]:
     """What each side of ours does: as it is set, and what that is compared with."""
     if settings.max_staleness:
-        alone = replace(workload, max_staleness=0, engine_process="own")
-        return {ALONE: alone, OURS: workload}
+        return {ALONE: replace(workload, max_staleness=0), OURS: workload}
     if settings.seeded_requests == "both":
         return {UNSEEDED: replace(workload, seeded_requests=False), "seeded": workload}
     return {OURS: workload}

@@ -42,8 +42,9 @@ class Workload:
             forward pass more.
         max_model_len: most tokens of a sequence in vLLM.
         gpu_memory_utilization: share of the GPU that vLLM takes while it is awake.
-        engine_process: where our vLLM runs, `in_process` or `own`.
-        max_staleness: rollouts that our engine samples ahead, in a process of its own.
+        engine_process: where our vLLM runs: `in_process`, where it sleeps while the policy trains if it can, or `own`,
+            where it keeps its memory.
+        max_staleness: rollouts that our engine samples ahead; from 1 on in a process of its own.
         seeded_requests: whether our requests have seeds of their own; None leaves it to the package.
     """
 

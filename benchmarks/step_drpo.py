@@ -85,7 +85,8 @@ def make_engine(workload: Workload) -> RolloutEngine:
     if workload.engine == "transformers":
         return TransformersEngine(dtype="float32" if workload.precision == "32-true" else "bfloat16")
     return VLLMEngine(
-        process="own" if workload.max_staleness else workload.engine_process,
+        process=workload.engine_process,
+        sleep="never" if workload.engine_process == "own" else "auto",
         max_model_len=workload.max_model_len,
         gpu_memory_utilization=workload.gpu_memory_utilization,
     )

@@ -84,7 +84,6 @@ DEFAULTS: dict[str, Any] = {
     "steps_per_turn": 1,
     "warmup": 2,
     "gpu_memory_utilization": 0.3,
-    "engine_process": "in_process",
     "max_staleness": 0,
 }
 """Of what a preset does not say."""
