@@ -139,7 +139,7 @@ class VLLMEngine(RolloutEngine):
 
     @property
     def can_sleep(self) -> bool:
-        """True on a GPU: vLLM's sleep level 1 frees the KV cache and moves the weights to the host's memory."""
+        """True on a GPU: vLLM's sleep mode frees the KV cache and the weights, which come again with the next sync."""
         return not self._on_cpu
 
     @property
