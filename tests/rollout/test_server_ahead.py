@@ -248,12 +248,3 @@ def test_closing_leaves_nothing_behind(make_engine, doubles, caplog):  # noqa: F
     assert not caplog.text
     for event in events:
         event.set()
-
-
-def test_that_requests_go_on_over_a_sync_is_refused():
-    engine = VLLMServerEngine(["http://127.0.0.1:8000"])
-    engine.sample_ahead("drop")
-    with pytest.raises(
-        SettingError, match=r"`data\.in_flight` must be `drop` .* of neither; set `data\.in_flight: drop`"
-    ):
-        engine.sample_ahead("continue")

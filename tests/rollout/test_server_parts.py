@@ -14,6 +14,7 @@ from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout.server import weights as server_weights
 from drpo_lightning.rollout.server.guard import RequireKey
 from drpo_lightning.rollout.server.messages import completions_in, generate_message
+from drpo_lightning.rollout.server.sent import SentWeights
 from drpo_lightning.rollout.server.weights import buckets, unpacked, update_message
 from drpo_lightning.serve import OWN_OPTIONS, main, server_command
 
@@ -65,7 +66,7 @@ def test_the_most_likely_tokens_are_all_there_whichever_was_sampled(num_topk, ra
     sampled = ordered.indices[:, rank].tolist()
     asked = message(num_topk)
     answer = vllms_answer(logits, sampled, asked["sampling_params"]["logprobs"])
-    (completion,) = completions_in(json.loads(json.dumps(answer)), asked, num_topk, "v")
+    (completion,) = completions_in(json.loads(json.dumps(answer)), asked, num_topk, {"v": 7})
     assert completion.token_ids == sampled
     assert completion.logprobs == ordered.values[:, rank].tolist()
     if num_topk:
@@ -79,7 +80,7 @@ def test_the_most_likely_tokens_are_all_there_whichever_was_sampled(num_topk, ra
 def test_a_token_that_was_cut_off_has_minus_infinity():
     logits = torch.tensor([[0.0, 1.0, -math.inf]])
     answer = vllms_answer(logits, [1], -1)
-    (completion,) = completions_in(answer, message(-1), -1, "v")
+    (completion,) = completions_in(answer, message(-1), -1, {"v": 7})
     assert completion.topk_logprobs[0, 2] == -math.inf
 
 
@@ -88,7 +89,7 @@ def test_a_token_that_was_cut_off_has_minus_infinity():
     [
         (lambda answer, choice: answer.update(prompt_token_ids=[5]), "did not continue the prompt"),
         (lambda answer, choice: answer["choices"].append(choice), "2 completions instead of 1"),
-        (lambda answer, choice: choice.update(weight_versions=None), r"sampled with weights \[\] instead of 'v'"),
+        (lambda answer, choice: choice.update(weight_versions=None), r"sampled with weights \[\] instead of \['v'"),
         (lambda answer, choice: choice["weight_versions"].append({"version": "w"}), r"with weights \['v', 'w'\]"),
         (lambda answer, choice: choice.update(token_ids=[0, 0]), "logprobs of other tokens"),
         (lambda answer, choice: choice.update(finish_reason="abort"), "ended a completion with 'abort'"),
@@ -98,7 +99,39 @@ def test_an_answer_to_something_else_is_refused(harm, complaint):
     answer = vllms_answer(torch.randn(2, 5), [1, 2], 0)
     harm(answer, answer["choices"][0])
     with pytest.raises(ValueError, match=complaint):
-        completions_in(answer, message(), 0, "v")
+        completions_in(answer, message(), 0, {"v": 7})
+
+
+def version_of(versions, weights):
+    """The number that a completion of tokens of some versions has, where `weights` may have been used."""
+    answer = vllms_answer(torch.randn(len(versions), 5), [1] * len(versions), 0)
+    spans = [{"version": version, "start": i, "end": i + 1} for i, version in enumerate(versions)]
+    answer["choices"][0]["weight_versions"] = spans
+    (completion,) = completions_in(answer, message(), 0, weights)
+    return completion.weights_version
+
+
+def test_a_completion_has_the_number_of_the_oldest_weights_of_its_tokens():
+    weights = {"a": 4, "b": 4, "c": 5, "d": 6}
+    assert version_of("a", weights) == version_of("bc", weights) == version_of("abd", weights) == 4
+    assert version_of("cd", weights) == 5
+    assert version_of("d", weights) == 6
+
+
+@pytest.mark.parametrize("versions", ["ba", "aba", "ax", "x"])
+def test_tokens_of_weights_in_another_order_or_of_others_are_refused(versions):
+    with pytest.raises(ValueError, match=r"sampled with weights .* instead of \['a', 'b'\]"):
+        version_of(versions, {"a": 4, "b": 5})
+
+
+def test_weights_from_before_a_request_are_not_among_those_that_it_may_be_answered_with():
+    sent = SentWeights()
+    for label, number in (("a", 4), ("b", 4), ("c", 5)):
+        sent.announce(label, number)
+    assert list(sent.since("b").items()) == [("b", 4), ("c", 5)]
+    assert sent.since("default") == {}
+    assert "c" in sent
+    assert "default" not in sent
 
 
 def tensors():

@@ -44,11 +44,12 @@ class Weights:
             yield name, torch.ones(3)
 
 
-def start(urls, settings=(), wrap=None):
+def start(urls, settings=(), wrap=None, in_flight="drop"):
     """Makes and starts an engine in each rank."""
     if "engine" in STATE:
         STATE["engine"].close()
     engine = VLLMServerEngine(urls, start_timeout_seconds=0.1, **dict(settings))
+    engine.sample_ahead(in_flight)
     STATE["engine"] = engine = wrap(engine) if wrap else engine
     engine.start("model", device=torch.device("cpu"), num_ranks=WORLD, seed=rank())
     return engine.dtype_name
@@ -162,6 +163,21 @@ def test_weights_change_when_no_rank_has_requests_in_flight_and_each_begins_its_
     ranks(submit)
     ranks(load_in_turn, 4)
     assert ranks(collect) == list(zip(SHARE_TOKENS, ({4}, {3}, set()), strict=True))
+    undisturbed = {"servers": 2, "lost_servers": 0, "retried_requests": 0}
+    assert ranks(statistics) == [undisturbed] * WORLD
+
+
+def test_requests_of_every_rank_go_on_over_a_sync_also_if_answered_before_the_rank_knows_its_end(ranks, doubles):  # noqa: F811
+    ranks(start, [server.url for server in doubles], {}, None, "continue")
+    ranks(load_in_turn, 3)
+    for server in doubles:
+        server.seconds = 1.6
+    ranks(submit)  # of the two tokens one is drawn before the sync, which waits for the late rank
+    doubles[1].misbehave = lambda handler, path: path == "/resume" and bool(time.sleep(1.5))
+    ranks(load_in_turn, 4)
+    assert ranks(collect) == list(zip(SHARE_TOKENS, ({3}, {3}, set()), strict=True))
+    assert all(server.versions.count(server.version) == len(server.versions) for server in doubles)
+    assert sum(path.endswith("generate") for server in doubles for path, _ in server.requests) == 3
     undisturbed = {"servers": 2, "lost_servers": 0, "retried_requests": 0}
     assert ranks(statistics) == [undisturbed] * WORLD
 

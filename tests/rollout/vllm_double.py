@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qsl
 
 from drpo_lightning.rollout.server.weights import HTTP_BACKEND, unpacked
 
@@ -25,16 +26,18 @@ CONFIG = {
 
 
 class Double(ThreadingHTTPServer):
-    """Samples tokens that follow from the seed, under a version of the weights as vLLM keeps it.
+    """Samples tokens that follow from the seed, one after the other, under a version of the weights as vLLM keeps it.
 
     Args:
         config: what `/server_info` says.
         port: where it listens.
 
     Attributes:
+        seconds: that the tokens of a prompt take.
         misbehave: called with the handler and the path of every request; True if it has answered.
         requests: path and headers of each.
-        versions: of the weights, at each prompt.
+        versions: of the weights, at the end of each prompt.
+        pause_modes: of all its pauses.
         weights: what it has been sent.
         most_active: most prompts that it has had at the same time.
     """
@@ -51,8 +54,13 @@ class Double(ThreadingHTTPServer):
         self.misbehave = lambda handler, path: False
         self.seconds = 0.0
         self.version = "default"
-        self.is_open = self.is_paused = False
-        self.weights, self.requests, self.versions = {}, [], []
+        self.is_open = False
+        self.pause_mode = ""
+        self.num_aborts = 0
+        self.holds_old_blocks = False
+        self.may_compute = threading.Event()
+        self.may_compute.set()
+        self.weights, self.requests, self.versions, self.pause_modes = {}, [], [], []
         self.num_tokens = self.active = self.most_active = 0
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -85,7 +93,9 @@ class Handler(BaseHTTPRequestHandler):
         self.meet()
 
     def meet(self):
-        server, path = self.server, self.path.partition("?")[0]
+        server = self.server
+        path, _, query = self.path.partition("?")
+        self.query = dict(parse_qsl(query))
         data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         body = json.loads(data) if data else {}
         with server.lock:
@@ -109,7 +119,11 @@ class Handler(BaseHTTPRequestHandler):
         self.say({"weight_version": server.version})
 
     def pause(self, server, body):
-        server.is_paused = True
+        server.may_compute.clear()
+        server.pause_mode = self.query.get("mode", "abort")
+        server.pause_modes.append(server.pause_mode)
+        server.num_aborts += server.pause_mode == "abort"
+        server.holds_old_blocks = server.pause_mode == "keep" and self.query.get("clear_cache") != "true"
         self.say({})
 
     def start_weight_update(self, server, body):
@@ -121,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def update_weights(self, server, body):
         assert server.is_open
-        assert server.is_paused
+        assert server.pause_mode
         server.weights |= dict(unpacked(**body["update_info"]))
         self.say({})
 
@@ -131,41 +145,49 @@ class Handler(BaseHTTPRequestHandler):
         self.say({})
 
     def reset_prefix_cache(self, server, body):
-        self.say({"success": True})
+        self.say({"success": not (server.holds_old_blocks and server.active)})
 
     def resume(self, server, body):
-        server.is_paused = False
+        server.pause_mode = ""
+        server.may_compute.set()
         self.say({})
 
     def inference_v1_abort_requests(self, server, body):
         self.say("")
 
     def inference_v1_generate(self, server, body):
-        assert not server.is_paused
+        assert server.pause_mode != "abort"
         with server.lock:
             server.active += 1
             server.most_active = max(server.active, server.most_active)
-        time.sleep(server.seconds)
-        answer = answer_to(body, server.version)
+            num_aborts = server.num_aborts
+        places, max_tokens = [], body["sampling_params"]["max_tokens"]
+        while len(places) < max_tokens and num_aborts == server.num_aborts:
+            time.sleep(server.seconds / max_tokens)
+            server.may_compute.wait(20)
+            places.append(server.version)
+            server.num_tokens += 1
+        answer = answer_to(body, places, "length" if len(places) == max_tokens else "abort")
         with server.lock:
             server.active -= 1
             server.versions.append(server.version)
-            server.num_tokens += 1
         self.say(answer)
 
 
-def answer_to(message, version):
-    """Completions that follow from the seed alone."""
+def answer_to(message, versions, finish_reason="length"):
+    """Completions that follow from the seed alone, with a version for each token."""
     parameters = message["sampling_params"]
     choices = []
     for index in reversed(range(parameters["n"])):
-        token_ids = [(parameters["seed"] + index + place) % 50 + 2 for place in range(parameters["max_tokens"])]
+        token_ids = [(parameters["seed"] + index + place) % 50 + 2 for place in range(len(versions))]
         content = [{"token_id": token, "logprob": -token / 7, "rank": 1, "top_logprobs": []} for token in token_ids]
-        spans = [{"version": version, "start": 0, "end": len(token_ids)}]
+        starts = [i for i, version in enumerate(versions) if i == 0 or version != versions[i - 1]]
+        ends = [*starts[1:], len(versions)]
+        spans = [{"version": versions[i], "start": i, "end": j} for i, j in zip(starts, ends, strict=True)]
         choices.append(
             {
                 "index": index,
-                "finish_reason": "length",
+                "finish_reason": finish_reason,
                 "token_ids": token_ids,
                 "weight_versions": spans,
                 "logprobs": {"content": content},

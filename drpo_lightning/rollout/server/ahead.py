@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from drpo_lightning.batch import Completion
@@ -18,13 +17,17 @@ class _Submitted(NamedTuple):
 
     @property
     def is_answered(self) -> bool:
-        return self.task.done() and not self.task.cancelled() and self.task.exception() is None
+        return self.task.done() and not self.has_failed
+
+    @property
+    def has_failed(self) -> bool:
+        return self.task.cancelled() or (self.task.done() and self.task.exception() is not None)
 
 
 class RequestsAhead:
     """What a rank has submitted and not taken yet. To be used in the event loop alone.
 
-    A failure of a request is kept until it is collected, or begun anew with other weights.
+    A failure of a request is kept until it is collected, or the next sync, after which it is begun anew.
 
     Args:
         dispatcher: asks the servers.
@@ -34,21 +37,16 @@ class RequestsAhead:
     def __init__(self, dispatcher: Dispatcher, timeout_seconds: float) -> None:
         self._dispatcher = dispatcher
         self._timeout_seconds = timeout_seconds
-        self._weights_version = 0
         self._submitted: dict[int, _Submitted] = {}
         self._watcher: asyncio.Task[None] | None = None
 
     async def submit(self, requests: Sequence[Request]) -> None:
         """Begins with requests; see `RolloutEngine.submit`."""
         for request in requests:
-            task = asyncio.create_task(self._completions(request, self._weights_version))
+            task = asyncio.create_task(self._dispatcher.answer(request, is_awaited=False))
             self._submitted[request.number] = _Submitted(request, task)
-        if requests and self._watcher is None:
+        if self._watcher is None and not all(submitted.is_answered for submitted in self._submitted.values()):
             self._watcher = asyncio.create_task(self._dispatcher.watch())
-
-    async def _completions(self, request: Request, weights_version: int) -> list[Completion]:
-        completions = await self._dispatcher.answer(request, is_awaited=False)
-        return [replace(completion, weights_version=weights_version) for completion in completions]
 
     async def collect(self, numbers: Sequence[int]) -> dict[int, list[Completion]]:
         """See `RolloutEngine.collect`.
@@ -77,23 +75,24 @@ class RequestsAhead:
         return {number: self._submitted.pop(number).task.result() for number in numbers}
 
     async def hold(self) -> None:
-        """Gives up what is in flight, until `begin_anew`. What has been answered stays."""
-        tasks: list[asyncio.Task[Any]] = [submitted.task for submitted in self._submitted.values()]
-        if self._watcher is not None:
-            tasks.append(self._watcher)
-            self._watcher = None
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Watches no server until `go_on`: they pause, and get other weights. What is in flight stays so."""
+        await _end([] if self._watcher is None else [self._watcher])
+        self._watcher = None
 
-    async def begin_anew(self, weights_version: int) -> None:
-        """Begins again with what has no answer.
+    async def give_up(self) -> None:
+        """Gives up what is in flight, until `go_on`. What has been answered stays."""
+        await self.hold()
+        await _end([submitted.task for submitted in self._submitted.values()])
 
-        Args:
-            weights_version: number of the weights that the servers have now.
-        """
-        self._weights_version = weights_version
-        await self.submit([submitted.request for submitted in self._submitted.values() if not submitted.is_answered])
+    async def go_on(self) -> None:
+        """Begins anew what was given up or has failed, and watches the servers again."""
+        await self.submit([submitted.request for submitted in self._submitted.values() if submitted.has_failed])
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def too_slow(timeout_seconds: float) -> EngineError:

@@ -13,6 +13,7 @@ import torch
 from drpo_lightning.batch import Completion
 from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout.server.messages import completions_in
+from drpo_lightning.rollout.server.sent import SentWeights
 from drpo_lightning.rollout.server.weights import HTTP_BACKEND, NCCL_BACKEND
 
 MAX_REASON_CHARACTERS = 500
@@ -61,6 +62,7 @@ class VLLMServer:
         session: what connections are made with.
         url: without a slash at its end.
         headers: of every request, the key among them.
+        sent: what all servers have been sent.
 
     Attributes:
         version: label of the weights that it was given last.
@@ -68,13 +70,14 @@ class VLLMServer:
         tasks: requests that it has not answered yet.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> None:
+    def __init__(self, session: aiohttp.ClientSession, url: str, headers: dict[str, str], sent: SentWeights) -> None:
         self.url = url
         self.version = ""
         self.failure = ""
         self.tasks: set[asyncio.Task[list[Completion]]] = set()
         self._session = session
         self._headers = headers
+        self._sent = sent
 
     def __str__(self) -> str:
         return f"the server {self.url}"
@@ -203,9 +206,16 @@ class VLLMServer:
             seed=model["seed"],
         )
 
-    async def begin_update(self, timeout_seconds: float) -> None:
-        """Ends whatever it is at, and makes it ready for weights."""
-        await self.ask("POST", "/pause?mode=abort", timeout_seconds=timeout_seconds)
+    async def begin_update(self, timeout_seconds: float, *, keeps_requests: bool) -> None:
+        """Pauses it, and makes it ready for weights.
+
+        Args:
+            timeout_seconds: how long each step may take.
+            keeps_requests: whether its requests stop between two tokens, of which nothing stays cached, and go on with
+                the new weights; or else are ended.
+        """
+        mode = "keep&clear_cache=true" if keeps_requests else "abort"
+        await self.ask("POST", f"/pause?mode={mode}", timeout_seconds=timeout_seconds)
         try:
             await self.ask("POST", "/start_weight_update", timeout_seconds=timeout_seconds)
         except ServerError:  # a trainer that was ended in the middle of an update has left it open
@@ -222,31 +232,36 @@ class VLLMServer:
         if not (await self.ask("POST", "/reset_prefix_cache"))["success"]:
             raise ServerError(f"{self} could not reset its prefix cache: requests of an earlier rollout hold blocks")
         await self.ask("POST", "/resume")
-        await self.check_version(version)
+        await self.check(version)
 
-    async def check_version(self, version: str) -> None:
-        """Raises `ServerError` if it is not well, or has other weights."""
+    async def check(self, version: str | None = None) -> None:
+        """Raises `ServerError` if it is not well, or has other weights.
+
+        Args:
+            version: label of those that it should have; None for any that it can have been sent, as in a sync.
+        """
         await self.ask("GET", "/health")
         found = (await self.ask("GET", "/weight_info"))["weight_version"]
-        if found != version:
+        if found not in (self._sent if version is None else {version}):
             raise ServerError(
-                f"{self} has weights {found!r} instead of {version!r}: it was started again, or serves another trainer"
+                f"{self} has weights {found!r} instead of {version or self.version!r}: it was started again, or serves "
+                "another trainer"
             )
 
-    async def generate(self, message: dict[str, Any], num_topk: int) -> list[Completion]:
+    async def generate(self, message: dict[str, Any], num_topk: int, version: str) -> list[Completion]:
         """The completions of a prompt.
 
         Args:
             message: see `generate_message`.
             num_topk: most likely tokens that were asked for at each place.
+            version: label of the weights that it has when it is asked; it may be sent others meanwhile.
 
         Raises:
-            ServerError: if there are none, or they are not of the weights that the server was given.
+            ServerError: if there are none, or they are not of those weights and later ones.
         """
-        version = self.version
         answer = await self.ask("POST", "/inference/v1/generate", message, timeout_seconds=None)
         try:
-            return completions_in(answer, message, num_topk, version)
+            return completions_in(answer, message, num_topk, self._sent.since(version))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ServerError(f"{self} gave no completions: {error!r}") from error
 

@@ -64,6 +64,7 @@ class Dispatcher:
         self._num_retried = 0
         self._changed = asyncio.Condition()
         self._num_awaited_in_queue = 0
+        self._is_syncing = False
 
     @property
     def current(self) -> list[VLLMServer]:
@@ -82,6 +83,16 @@ class Dispatcher:
         """That no server is left."""
         reasons = "; ".join(dict.fromkeys(server.failure for server in self._servers))
         return EngineError(f"no rollout server is left: {reasons}. Start them again with `drpo serve`")
+
+    async def begin_sync(self) -> None:
+        """Sends no request to a server until `end_sync`; those that servers have may stay with them."""
+        self._is_syncing = True
+
+    async def end_sync(self) -> None:
+        """Sends requests to servers again."""
+        async with self._changed:
+            self._is_syncing = False
+            self._changed.notify_all()
 
     async def report(self) -> Report:
         """What has happened since the last one."""
@@ -112,7 +123,7 @@ class Dispatcher:
         for number in range(self._max_retries + 1):
             server = await self._least_busy(is_awaited=is_awaited)
             self._num_retried += number > 0
-            task = asyncio.ensure_future(server.generate(message, request.num_topk))
+            task = asyncio.ensure_future(server.generate(message, request.num_topk, server.version))
             server.tasks.add(task)
             try:
                 await asyncio.wait({task})
@@ -138,7 +149,7 @@ class Dispatcher:
         """A server with room for a request; waits for one, and lets those go first that somebody waits for."""
 
         def free() -> VLLMServer | None:
-            if self._num_awaited_in_queue and not is_awaited:
+            if self._is_syncing or (self._num_awaited_in_queue and not is_awaited):
                 return None
             with_room = (server for server in self.current if len(server.tasks) < self._max_concurrency)
             return min(with_room, key=lambda server: len(server.tasks), default=None)
@@ -146,7 +157,7 @@ class Dispatcher:
         async with self._changed:
             self._num_awaited_in_queue += is_awaited
             try:
-                await self._changed.wait_for(lambda: free() is not None or not self.current)
+                await self._changed.wait_for(lambda: free() is not None or not (self._is_syncing or self.current))
             finally:
                 self._num_awaited_in_queue -= is_awaited
                 if is_awaited:
@@ -158,7 +169,7 @@ class Dispatcher:
     async def _examine(self, server: VLLMServer, failure: ServerError) -> None:
         """After a failed request: a server that is not well, or has other weights, is lost."""
         try:
-            await server.check_version(server.version)
+            await server.check()
         except (ServerError, SettingError):
             self.lose(server, failure)
 

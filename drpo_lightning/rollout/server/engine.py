@@ -10,7 +10,6 @@ from torch import Tensor
 
 from drpo_lightning.addresses import checked_url, is_loopback, key_from_environment
 from drpo_lightning.batch import Completion, Sampling
-from drpo_lightning.errors import SettingError
 from drpo_lightning.rollout.engine import InFlight, Request, RolloutEngine
 from drpo_lightning.rollout.ranks import FAILURES, Ranks, attempt
 from drpo_lightning.rollout.server.client import ServerInfo
@@ -36,7 +35,8 @@ class VLLMServerEngine(RolloutEngine):
     row, which here means to wait for one of the servers.
 
     With `data.max_staleness` the servers sample while the trainer trains, each rank's requests by a thread of its own.
-    Before the servers get new weights every rank gives up what they have not answered, and asks it anew afterwards.
+    What they have not answered when they get new weights goes on with those: its tokens so far stay, all that is cached
+    of it is thrown away. With `data.in_flight: drop` every rank gives it up before, and asks it anew afterwards.
 
     Nobody but the trainer may use the servers. The trainer pauses them and replaces their weights through vLLM's
     development endpoints, which vLLM's API key does not guard; with that of `drpo serve` it does. See SECURITY.md.
@@ -105,6 +105,7 @@ class VLLMServerEngine(RolloutEngine):
         self._was_started = False
         self._run_name = ""
         self._num_syncs = 0
+        self._in_flight: InFlight = "drop"
 
     def check_available(self) -> None:
         """Nothing is needed here."""
@@ -155,20 +156,21 @@ class VLLMServerEngine(RolloutEngine):
             stall_timeout_seconds=self.stall_timeout_seconds,
             sync_timeout_seconds=self.sync_timeout_seconds,
         )
-        self._run_name = uuid.uuid4().hex[:12]
         self._ranks.join()
 
-        def connect() -> ServerInfo:
+        def connect() -> tuple[ServerInfo, str]:
             to_all = not self._was_started
-            return fleet.connect(self.start_timeout_seconds, to_all=to_all, is_run_to_end=self.is_run_to_end)
+            info = fleet.connect(self.start_timeout_seconds, to_all=to_all, is_run_to_end=self.is_run_to_end)
+            return info, uuid.uuid4().hex[:12]
 
         outcome = attempt(connect) if self._leads else None
         try:
-            info = self._ranks.share(outcome)
+            shared = self._ranks.share(outcome)
         except FAILURES:
             self._close_fleet()
             raise
-        assert info is not None
+        assert shared is not None
+        info, self._run_name = shared
         self.context_tokens = info.context_tokens
         self.cache_block_tokens = info.cache_block_tokens
         self.dtype_name = info.dtype_name
@@ -181,21 +183,20 @@ class VLLMServerEngine(RolloutEngine):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See `RolloutEngine.load_weights`. Collective over all ranks: each takes the weights to their end."""
         fleet = self._started_fleet
-        fleet.hold()
-        self._ranks.gather(None)  # no rank has requests in flight any more
         self._num_syncs += 1
         version = f"{self._run_name}-{self._num_syncs}"
+        fleet.begin_sync(version, self.weights_version, self._in_flight)
+        self._ranks.gather(None)  # no rank has requests in flight any more, or each knows the new label
         stream = WeightStream(weights)
 
-        def send() -> list[tuple[str, str]]:
-            fleet.load_weights(stream, version, self.dtype_name)
-            return [(server.version, server.failure) for server in fleet.servers]
+        def send() -> list[str]:
+            fleet.load_weights(stream, version, self.dtype_name, self._in_flight)
+            return [server.failure for server in fleet.servers]
 
         outcome = attempt(send) if self._leads else []
         stream.drain()  # a failure of the source is each rank's own
         self._report()
-        fleet.adopt(self._ranks.share(outcome))
-        fleet.begin_anew(self.weights_version)
+        fleet.end_sync(version, self._ranks.share(outcome))
 
     def generate(
         self,
@@ -218,12 +219,7 @@ class VLLMServerEngine(RolloutEngine):
 
     def sample_ahead(self, in_flight: InFlight) -> None:
         """See `RolloutEngine.sample_ahead`."""
-        if in_flight != "drop":
-            raise SettingError(
-                f"`data.in_flight` must be `drop` with {type(self).__name__}, got {in_flight!r}: a request that a "
-                "server keeps over a weight sync may go on with what is cached of the older weights, and the recorded "
-                "logprobs of its tokens would be of neither; set `data.in_flight: drop`"
-            )
+        self._in_flight = in_flight
 
     def submit(self, requests: Sequence[Request]) -> None:
         """See `RolloutEngine.submit`."""

@@ -6,6 +6,7 @@ import logging
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from drpo_lightning.batch import Completion
 from drpo_lightning.errors import SettingError
-from drpo_lightning.rollout.engine import EngineError, Request
+from drpo_lightning.rollout.engine import EngineError, InFlight, Request
 from drpo_lightning.rollout.server.ahead import RequestsAhead, too_slow
 from drpo_lightning.rollout.server.client import ServerError, ServerInfo, VLLMServer
 from drpo_lightning.rollout.server.dispatch import Dispatcher, Report
 from drpo_lightning.rollout.server.loop import BackgroundLoop
 from drpo_lightning.rollout.server.nccl import NCCLSender
+from drpo_lightning.rollout.server.sent import SentWeights
 from drpo_lightning.rollout.server.weights import NCCL_BACKEND, Bucket, buckets, update_message
 
 LOG = logging.getLogger(__name__)
@@ -66,7 +68,8 @@ class Fleet:
         self._senders: dict[VLLMServer, NCCLSender] = {}
         self._loop = BackgroundLoop()
         self._session = self._loop.run(_open_session())
-        self.servers = [VLLMServer(self._session, url, headers) for url in urls]
+        self._sent = SentWeights()
+        self.servers = [VLLMServer(self._session, url, headers, self._sent) for url in urls]
         self._dispatcher = Dispatcher(
             self.servers,
             max_concurrency=max_concurrency,
@@ -87,7 +90,7 @@ class Fleet:
         atexit.unregister(self.close)
         for sender in self._senders.values():
             sender.close()
-        self._loop.run(self._ahead.hold())
+        self._loop.run(self._ahead.give_up())
         self._loop.run(self._session.close())
         self._loop.close()
 
@@ -141,22 +144,43 @@ class Fleet:
                 LOG.warning("Waiting for rollout servers, at most %.0f s: %s", deadline - now, reasons)
             await asyncio.sleep(POLL_SECONDS)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: str, dtype_name: str) -> None:
+    def begin_sync(self, version: str, weights_version: int, in_flight: InFlight) -> None:
+        """Makes ready for a sync: asks servers for nothing new, and of what they have gives up all or nothing.
+
+        Args:
+            version: label that the servers give to what they sample after it; later than those of earlier syncs.
+            weights_version: number of the weights, see `RolloutEngine`.
+            in_flight: what becomes of this rank's requests, see `RolloutEngine.sample_ahead`.
+        """
+        self._sent.announce(version, weights_version)
+        self._loop.run(self._dispatcher.begin_sync())
+        self._loop.run(self._ahead.hold() if in_flight == "continue" else self._ahead.give_up())
+
+    def load_weights(
+        self, weights: Iterable[tuple[str, Tensor]], version: str, dtype_name: str, in_flight: InFlight
+    ) -> None:
         """Sends weights to every server that can be reached, also to those that were lost.
+
+        Of a server that was lost all requests are ended. Nobody waits for them, be they of this trainer or of one that
+        was killed.
 
         Args:
             weights: name and tensor of the whole state dict.
             version: label that the servers give to what they sample from then on.
             dtype_name: precision that each server must have.
+            in_flight: what becomes of the requests of all ranks.
 
         Raises:
             EngineError: if no server has them at the end.
         """
         seconds = self._sync_timeout_seconds
         lost_before = [server for server in self.servers if server.failure]
+        kept = set(self.current) if in_flight == "continue" else set()
         for server in self.servers:
             server.version = ""
-        ready = self._on_each(self.servers, partial(self._prepare, dtype_name=dtype_name))
+        ready = self._on_each(
+            self.servers, lambda server: self._prepare(server, dtype_name, keeps_requests=server in kept)
+        )
         by_http = [server for server in ready if server not in self._senders]
         for bucket in buckets(weights, self._device if self._senders else torch.device("cpu")):
             content = update_message(bucket, with_content=True) if by_http else b""
@@ -169,10 +193,23 @@ class Fleet:
             else:
                 LOG.warning("Still without a server: %s", server.failure)
 
-    def adopt(self, states: Sequence[tuple[str, str]]) -> None:
-        """Takes over the version and the failure of each server from the rank that has sent weights."""
-        for server, (version, failure) in zip(self.servers, states, strict=True):
-            server.version, server.failure = version, failure
+    def end_sync(self, version: str, failures: Sequence[str]) -> None:
+        """Goes on with requests; begins anew those that were given up, have failed, or were at a server that is lost.
+
+        Args:
+            version: label of the weights that the servers have now.
+            failures: why each server is lost, as the rank that has sent the weights found it; empty for the others.
+        """
+        self._loop.run(self._end_sync(version, failures))
+
+    async def _end_sync(self, version: str, failures: Sequence[str]) -> None:
+        for server, failure in zip(self.servers, failures, strict=True):
+            if failure:
+                server.leave(failure)
+            else:
+                server.accept(version)
+        await self._dispatcher.end_sync()
+        await self._ahead.go_on()
 
     def _on_each(
         self, servers: Sequence[VLLMServer], step: Callable[[VLLMServer], Awaitable[None]]
@@ -187,14 +224,14 @@ class Fleet:
             raise self._dispatcher.all_are_lost()
         return done
 
-    async def _prepare(self, server: VLLMServer, dtype_name: str) -> None:
+    async def _prepare(self, server: VLLMServer, dtype_name: str, *, keeps_requests: bool) -> None:
         """Looks at a server as if for the first time, since it may have been started again, and begins an update."""
         info = await server.info(self._device)
         if info.dtype_name != dtype_name:
             raise SettingError(f"{server} has weights in {info.dtype_name} instead of {dtype_name}")
         if info.backend == NCCL_BACKEND:
             await self._join(server, info)
-        await server.begin_update(self._sync_timeout_seconds)
+        await server.begin_update(self._sync_timeout_seconds, keeps_requests=keeps_requests)
 
     async def _join(self, server: VLLMServer, info: ServerInfo) -> None:
         """Forms an NCCL group with the workers of a server, unless there is one."""
@@ -238,13 +275,15 @@ class Fleet:
         watcher = asyncio.ensure_future(self._dispatcher.watch())
         try:
             async with asyncio.timeout(self._generate_timeout_seconds):
-                return list(await asyncio.gather(*answers))
+                groups = await asyncio.gather(*answers)
         except TimeoutError as error:
             raise too_slow(self._generate_timeout_seconds) from error
         finally:
             for task in (*answers, watcher):
                 task.cancel()
             await asyncio.gather(*answers, watcher, return_exceptions=True)
+        # They cannot outlive their weights.
+        return [[replace(completion, weights_version=None) for completion in group] for group in groups]
 
     def submit(self, requests: Sequence[Request]) -> None:
         """See `RolloutEngine.submit`. Raises nothing: what fails is told by `collect`."""
@@ -257,18 +296,6 @@ class Fleet:
     def finished(self) -> dict[int, list[Completion]]:
         """See `RolloutEngine.finished`. Raises nothing."""
         return self._loop.run(self._ahead.finished())
-
-    def hold(self) -> None:
-        """Gives up this rank's requests in flight, until `begin_anew`: the servers' weights are to change."""
-        self._loop.run(self._ahead.hold())
-
-    def begin_anew(self, weights_version: int) -> None:
-        """Asks again what `hold` has given up, or what has failed.
-
-        Args:
-            weights_version: number of the weights that the servers have now.
-        """
-        self._loop.run(self._ahead.begin_anew(weights_version))
 
     def report(self) -> Report:
         """What has happened since the last one."""

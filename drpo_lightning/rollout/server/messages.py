@@ -1,7 +1,7 @@
 """What is said to vLLM's `/inference/v1/generate`, and what it answers: tokens in, tokens out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,14 +38,19 @@ def generate_message(
     return {"token_ids": list(prompt_ids), "return_token_ids": True, "sampling_params": parameters}
 
 
-def completions_in(answer: dict[str, Any], message: dict[str, Any], num_topk: int, version: str) -> list[Completion]:
+def completions_in(
+    answer: dict[str, Any], message: dict[str, Any], num_topk: int, weights: Mapping[str, int]
+) -> list[Completion]:
     """The completions in an answer.
 
     Args:
         answer: what the server said.
         message: what it was asked.
         num_topk: most likely tokens that were asked for at each place; -1 for the whole vocabulary.
-        version: label of the weights that it should have sampled with.
+        weights: those that it may have sampled with: labels and numbers, in the order in which it was sent them.
+
+    Returns:
+        The completions, each with the number of the oldest weights of its tokens.
 
     Raises:
         ValueError: if they are not the completions that were asked for, or a token is of other weights.
@@ -56,13 +61,18 @@ def completions_in(answer: dict[str, Any], message: dict[str, Any], num_topk: in
     choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
     if len(choices) != message["sampling_params"]["n"]:
         raise ValueError(f"{len(choices)} completions instead of {message['sampling_params']['n']}")
-    for choice in choices:
-        if (found := [span["version"] for span in choice["weight_versions"] or ()]) != [version]:
-            raise ValueError(f"it sampled with weights {found} instead of {version!r}")
-    return [_completion(choice, num_topk) for choice in choices]
+    return [_completion(choice, num_topk, _oldest_weights(choice, weights)) for choice in choices]
 
 
-def _completion(choice: dict[str, Any], num_topk: int) -> Completion:
+def _oldest_weights(choice: dict[str, Any], weights: Mapping[str, int]) -> int:
+    """The number of the weights that the first token was drawn with."""
+    found = [span["version"] for span in choice["weight_versions"] or ()]
+    if not found or found != [label for label in weights if label in found]:
+        raise ValueError(f"it sampled with weights {found} instead of {list(weights)}")
+    return weights[found[0]]
+
+
+def _completion(choice: dict[str, Any], num_topk: int, weights_version: int) -> Completion:
     if choice["finish_reason"] not in ("stop", "length"):
         raise ValueError(f"it ended a completion with {choice['finish_reason']!r} instead of `stop` or `length`")
     places = choice["logprobs"]["content"]
@@ -76,7 +86,7 @@ def _completion(choice: dict[str, Any], num_topk: int) -> Completion:
             "topk_ids": torch.tensor([[entry["token_id"] for entry in row] for row in rows]),
             "topk_logprobs": torch.tensor([[_logprob(entry) for entry in row] for row in rows]),
         }
-    return Completion(choice["token_ids"], logprobs, choice["finish_reason"], **topk)
+    return Completion(choice["token_ids"], logprobs, choice["finish_reason"], **topk, weights_version=weights_version)
 
 
 def _most_likely(entries: list[dict[str, Any]], num_topk: int) -> list[dict[str, Any]]:
