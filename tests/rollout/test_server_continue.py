@@ -153,6 +153,17 @@ def test_a_request_that_fails_in_a_sync_costs_no_server_that_is_well(make_engine
     assert engine.statistics == {"servers": 2, "lost_servers": 0, "retried_requests": 1}
 
 
+def test_a_server_that_has_older_weights_than_it_was_given_is_lost(make_engine, doubles):  # noqa: F811
+    engine = make_engine()
+    old = doubles[0].version
+    load(engine, 4)
+    doubles[0].version = old
+    engine.submit(requests(range(4)))
+    with pytest.warns(RuntimeWarning, match=rf"it sampled with weights \['{old}'\] instead of"):
+        assert answers(engine.collect(range(4))) == right(dict.fromkeys(range(4), 4))
+    assert engine.num_lost_servers == 1
+
+
 def test_a_server_that_keeps_what_it_has_computed_with_old_weights_is_left_out(make_engine, doubles):  # noqa: F811
     engine = make_engine()
     begin(engine, doubles, range(2))

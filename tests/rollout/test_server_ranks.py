@@ -168,18 +168,30 @@ def test_weights_change_when_no_rank_has_requests_in_flight_and_each_begins_its_
 
 
 def test_requests_of_every_rank_go_on_over_a_sync_also_if_answered_before_the_rank_knows_its_end(ranks, doubles):  # noqa: F811
-    ranks(start, [server.url for server in doubles], {}, None, "continue")
+    ranks(start, [server.url for server in doubles], {"stall_timeout_seconds": 1.2}, None, "continue")
     ranks(load_in_turn, 3)
     for server in doubles:
         server.seconds = 1.6
     ranks(submit)  # of the two tokens one is drawn before the sync, which waits for the late rank
-    doubles[1].misbehave = lambda handler, path: path == "/resume" and bool(time.sleep(1.5))
+    doubles[1].misbehave = lambda handler, path: path in ("/update_weights", "/resume") and bool(time.sleep(2))
     ranks(load_in_turn, 4)
     assert ranks(collect) == list(zip(SHARE_TOKENS, ({3}, {3}, set()), strict=True))
     assert all(server.versions.count(server.version) == len(server.versions) for server in doubles)
     assert sum(path.endswith("generate") for server in doubles for path, _ in server.requests) == 3
     undisturbed = {"servers": 2, "lost_servers": 0, "retried_requests": 0}
     assert ranks(statistics) == [undisturbed] * WORLD
+
+
+def test_requests_of_every_rank_leave_a_server_that_the_first_rank_loses_in_a_sync(ranks, doubles):  # noqa: F811
+    ranks(start, [server.url for server in doubles], {}, None, "continue")
+    ranks(load_in_turn, 3)
+    for server in doubles:
+        server.seconds = 1.6
+    ranks(submit)
+    doubles[0].misbehave = lambda handler, path: path == "/update_weights" and (handler.say("no", 500) or True)
+    ranks(load_in_turn, 4)
+    assert ranks(collect) == list(zip(SHARE_TOKENS, ({3, 4}, {4}, set()), strict=True))
+    assert [found["servers"] for found in ranks(statistics)] == [1] * WORLD
 
 
 def test_a_failure_of_what_one_rank_collects_is_raised_on_each(ranks, doubles):  # noqa: F811

@@ -234,18 +234,13 @@ class VLLMServer:
         await self.ask("POST", "/resume")
         await self.check(version)
 
-    async def check(self, version: str | None = None) -> None:
-        """Raises `ServerError` if it is not well, or has other weights.
-
-        Args:
-            version: label of those that it should have; None for any that it can have been sent, as in a sync.
-        """
+    async def check(self, version: str) -> None:
+        """Raises `ServerError` if it is not well, or has other weights than those of a label or later ones."""
         await self.ask("GET", "/health")
         found = (await self.ask("GET", "/weight_info"))["weight_version"]
-        if found not in (self._sent if version is None else {version}):
+        if found not in self._sent.since(version):
             raise ServerError(
-                f"{self} has weights {found!r} instead of {version or self.version!r}: it was started again, or serves "
-                "another trainer"
+                f"{self} has weights {found!r} instead of {version!r}: it was started again, or serves another trainer"
             )
 
     async def generate(self, message: dict[str, Any], num_topk: int, version: str) -> list[Completion]:

@@ -123,7 +123,8 @@ class Dispatcher:
         for number in range(self._max_retries + 1):
             server = await self._least_busy(is_awaited=is_awaited)
             self._num_retried += number > 0
-            task = asyncio.ensure_future(server.generate(message, request.num_topk, server.version))
+            version = server.version
+            task = asyncio.ensure_future(server.generate(message, request.num_topk, version))
             server.tasks.add(task)
             try:
                 await asyncio.wait({task})
@@ -139,7 +140,7 @@ class Dispatcher:
                     return task.result()
                 if not isinstance(error, ServerError):
                     raise error
-                await self._examine(server, error)
+                await self._examine(server, version, error)
                 failure = str(error)
             else:
                 failure = server.failure
@@ -166,10 +167,13 @@ class Dispatcher:
                 raise self.all_are_lost()
             return server
 
-    async def _examine(self, server: VLLMServer, failure: ServerError) -> None:
-        """After a failed request: a server that is not well, or has other weights, is lost."""
+    async def _examine(self, server: VLLMServer, version: str, failure: ServerError) -> None:
+        """After a failed request, asked when it had some weights: a server that is not well, or has others, is lost.
+
+        Not if they are later ones: it may be in a sync, of which this rank does not know the end yet.
+        """
         try:
-            await server.check()
+            await server.check(version)
         except (ServerError, SettingError):
             self.lose(server, failure)
 

@@ -23,9 +23,5 @@ class SentWeights:
         self._numbers[label] = number
 
     def since(self, label: str) -> dict[str, int]:
-        """The weights of a label and all later ones: labels and numbers, oldest first."""
+        """The weights of a label and all later ones, those that are on their way too: labels and numbers, in order."""
         return dict(dropwhile(lambda sent: sent[0] != label, self._numbers.items()))
-
-    def __contains__(self, label: object) -> bool:
-        """True for the label of weights that the servers were sent, or are being sent."""
-        return label in self._numbers
