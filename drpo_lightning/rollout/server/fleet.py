@@ -152,17 +152,20 @@ class Fleet:
             weights_version: number of the weights, see `RolloutEngine`.
             in_flight: what becomes of this rank's requests, see `RolloutEngine.sample_ahead`.
         """
+        self._loop.run(self._begin_sync(version, weights_version, in_flight))
+
+    async def _begin_sync(self, version: str, weights_version: int, in_flight: InFlight) -> None:
         self._sent.announce(version, weights_version)
-        self._loop.run(self._dispatcher.begin_sync())
-        self._loop.run(self._ahead.hold() if in_flight == "continue" else self._ahead.give_up())
+        await self._dispatcher.begin_sync()
+        await (self._ahead.hold() if in_flight == "continue" else self._ahead.give_up())
 
     def load_weights(
         self, weights: Iterable[tuple[str, Tensor]], version: str, dtype_name: str, in_flight: InFlight
     ) -> None:
         """Sends weights to every server that can be reached, also to those that were lost.
 
-        Of a server that was lost all requests are ended. Nobody waits for them, be they of this trainer or of one that
-        was killed.
+        A server that was lost, or has had none of this trainer's weights, ends its requests first: nobody waits for
+        them, be they of this trainer or of one that was killed.
 
         Args:
             weights: name and tensor of the whole state dict.

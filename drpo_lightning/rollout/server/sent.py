@@ -7,7 +7,8 @@ class SentWeights:
     """Labels of the weights that the servers were sent, oldest first, and the numbers of those weights.
 
     Every rank has one, and announces weights in it before the first of them is on its way: a server that goes on with
-    requests over a sync may answer any rank with the new label before the sync has ended.
+    requests over a sync may answer any rank with the new label before the sync has ended. To be used in the event loop
+    alone.
     """
 
     def __init__(self) -> None:
