@@ -183,7 +183,8 @@ class RolloutEngine(ABC):
             numbers: of the requests.
 
         Returns:
-            Of each request the completions, each with the `weights_version` that its request began with.
+            Of each request the completions, each with the number of the oldest weights that a token of it can have been
+            drawn with (`weights_version`).
         """
         raise NotImplementedError(f"{type(self).__name__} does not sample ahead")
 
