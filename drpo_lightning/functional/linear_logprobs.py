@@ -66,17 +66,19 @@ def linear_token_entropies(
 
     Args: see `linear_token_logprobs`.
     """
-    chunks = _Chunks(hidden, weight, bias, temperature, chunk_bytes, factor_precision(hidden))
-    top, total = chunks.no_normaliser()
-    moment = torch.zeros_like(total)  # sum of w log w, where w = exp(logit - largest)
-    for _, _, logits in chunks:
-        new_top = torch.maximum(top, logits.amax(1))
-        shrink = (top - new_top).exp()
-        weights = logits.sub_(new_top[:, None]).exp_()
-        moment = (moment + total * (top - new_top)) * shrink - torch.special.entr(weights).sum(1)
-        total = total * shrink + weights.sum(1)
-        top = new_top
-    return total.log() - moment / total
+    precision = factor_precision(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        chunks = _Chunks(hidden, weight, bias, temperature, chunk_bytes, precision)
+        top, total = chunks.no_normaliser()
+        moment = torch.zeros_like(total)  # sum of w log w, where w = exp(logit - largest)
+        for _, _, logits in chunks:
+            new_top = torch.maximum(top, logits.amax(1))
+            shrink = (top - new_top).exp()
+            weights = logits.sub_(new_top[:, None]).exp_()
+            moment = (moment + total * (top - new_top)) * shrink - torch.special.entr(weights).sum(1)
+            total = total * shrink + weights.sum(1)
+            top = new_top
+        return total.log() - moment / total
 
 
 def factor_precision(hidden: Tensor) -> torch.dtype:
@@ -89,7 +91,8 @@ def factor_precision(hidden: Tensor) -> torch.dtype:
 class _Chunks:
     """The logits of tokens, some ids of the vocabulary at a time; each chunk takes the memory of the one before.
 
-    Iterating yields the ids as a slice, the factors `[ids, hidden]` and the logits `[tokens, ids]` of a chunk.
+    Iterating yields the ids as a slice, the factors `[ids, hidden]` and the logits `[tokens, ids]` of a chunk; without
+    tokens there is nothing to compute, and no chunk.
 
     Args:
         precision: what the factors are rounded to.
@@ -121,6 +124,8 @@ class _Chunks:
         return rounded if rounded.is_cuda else rounded.to(torch.promote_types(self.precision, torch.float32))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        if not len(self.hidden):
+            return
         memory = self.hidden.new_empty(len(self.hidden) * self.num_ids, dtype=self.sum_precision)
         for start in range(0, len(self.weight), self.num_ids):
             ids = slice(start, start + self.num_ids)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drpo_lightning.functional import linear_logprobs, linear_token_entropies, linear_token_logprobs
 
@@ -210,6 +211,53 @@ def test_the_backward_pass_leaves_tokens_without_a_gradient_out():
     assert not hidden.grad[~kept].any()
     for grad, formula in zip((hidden.grad[kept], weight.grad, bias.grad), expected, strict=True):
         torch.testing.assert_close(grad.double(), formula, rtol=1e-4, atol=1e-5)
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Counts the matrix products that are computed in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.addmm)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_targets", [None, 3])
+def test_without_a_gradient_anywhere_the_backward_pass_computes_nothing_and_gives_zeros(dtype, num_targets):
+    hidden, weight, bias, targets = head(dtype=dtype)
+    if num_targets is not None:
+        targets = torch.randint(VOCAB, (TOKENS, num_targets), generator=torch.Generator().manual_seed(5))
+    got = linear_token_logprobs(hidden, weight, targets, bias=bias)
+    with MatrixProducts() as products:
+        got.backward(torch.zeros_like(got))
+    assert products.number == 0
+    for tensor in (hidden, weight, bias):
+        assert (tensor.grad.shape, tensor.grad.dtype) == (tensor.shape, dtype)
+        assert not tensor.grad.any()
+
+
+def test_without_tokens_nothing_is_computed():
+    hidden, weight, bias, targets = head(tokens=0)
+    with MatrixProducts() as products:
+        got = linear_token_logprobs(hidden, weight, targets, bias=bias)
+        got.sum().backward()
+        entropies = linear_token_entropies(hidden, weight, bias=bias)
+    assert products.number == 0
+    assert got.shape == entropies.shape == (0,)
+    for tensor in (hidden, weight, bias):
+        assert tensor.grad.shape == tensor.shape
+        assert not tensor.grad.any()
+
+
+def test_a_token_with_a_gradient_takes_matrix_products():
+    hidden, weight, _, targets = head()
+    with MatrixProducts() as products:
+        linear_token_logprobs(hidden, weight, targets).sum().backward()
+    assert products.number == 4  # logits, twice; the gradients of the weight and of the hidden states
 
 
 def test_half_precision_rounds_the_factors_and_the_gradients_and_nothing_between(chunks_of):
