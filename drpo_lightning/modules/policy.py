@@ -266,10 +266,14 @@ class PolicyModule(EngineSide):
         attention_mask: Bool[Tensor, "batch seq"],
         completion_mask: Bool[Tensor, "batch seq"],
         topk_ids: Int[Tensor, "tokens k"] | None = None,
+        *,
+        returns_entropy: bool = False,
     ) -> Float[Tensor, "..."]:
-        """Log pi of completion tokens, see `PolicyNetwork.forward`."""
+        """Log pi of completion tokens, or entropies at their places, see `PolicyNetwork.forward`."""
         assert self.network is not None, "configure_model comes first"
-        return self.network(input_ids, attention_mask, completion_mask, topk_ids)  # type: ignore[no-any-return]
+        return self.network(  # type: ignore[no-any-return]
+            input_ids, attention_mask, completion_mask, topk_ids, returns_entropy=returns_entropy
+        )
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> StepOutput:  # noqa: ARG002
         """Loss of one micro-batch."""

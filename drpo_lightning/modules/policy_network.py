@@ -1,4 +1,4 @@
-"""A causal language model seen as a policy: tokens in, logprobs of those tokens out."""
+"""A causal language model seen as a policy: tokens in, logprobs of those tokens, or entropies at their places, out."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from drpo_lightning.functional.linear_logprobs import linear_token_entropies
 from drpo_lightning.functional.logprobs import target_logprobs
 from drpo_lightning.modules.logprob_backends import TokenLogprobs
 from drpo_lightning.modules.packed_attention import use_packed_attention
@@ -18,7 +19,7 @@ ENLARGEMENT = 1000.0
 
 
 class PolicyNetwork(nn.Module):
-    """Logprobs of completion tokens under a causal language model at a temperature.
+    """Logprobs of completion tokens, and entropies at their places, under a causal language model at a temperature.
 
     Everything that touches the weights goes through `forward`, as FSDP wants it.
 
@@ -81,6 +82,8 @@ class PolicyNetwork(nn.Module):
         attention_mask: Bool[Tensor, "batch seq"],
         completion_mask: Bool[Tensor, "batch seq"],
         topk_ids: Int[Tensor, "tokens k"] | None = None,
+        *,
+        returns_entropy: bool = False,
     ) -> Float[Tensor, "..."]:
         """Log pi of each completion token, and of other tokens in its place, given what stands before it.
 
@@ -90,32 +93,80 @@ class PolicyNetwork(nn.Module):
             completion_mask: True on the tokens whose logprob is asked; the first of a row cannot be.
             topk_ids: tokens that could stand in the place of each of them, whose logprobs are asked too, without a
                 gradient; a row for each True of `completion_mask`, in order.
+            returns_entropy: asks instead for the entropy of pi in the place of each of them, of the whole vocabulary at
+                the temperature, without a gradient.
 
         Returns:
-            Logprobs in nats, float32: `[batch, seq]`, aligned with `input_ids`, 0 outside `completion_mask`. With
-            `topk_ids` `[tokens, 1 + k]`, a row for each True of `completion_mask`; the token itself comes first.
+            Logprobs or entropies in nats, float32: `[batch, seq]`, aligned with `input_ids`, 0 outside
+            `completion_mask`. With `topk_ids` `[tokens, 1 + k]`, a row for each True of `completion_mask`; the token
+            itself comes first.
+
+        Raises:
+            ValueError: if both `topk_ids` and `returns_entropy` are given.
         """
+        if returns_entropy and topk_ids is not None:
+            raise ValueError("`returns_entropy` gives no logprobs, and must be False with `topk_ids`")
         asked = completion_mask.clone()
         asked[:, 0] = False
-        targets = input_ids[asked]
-        if topk_ids is not None:
-            targets = torch.cat([targets[:, None], topk_ids], 1)
-        predicts = F.pad(asked[:, 1:], (0, 1))
+        # Counting them waits for a GPU; it is done here, before the model has given it work.
+        places = asked.nonzero(as_tuple=True)
+        states = self._states_before(places, input_ids, attention_mask)
+        if returns_entropy:
+            values = self._entropies(states)
+        else:
+            targets = input_ids[places]
+            if topk_ids is not None:
+                logprobs = self._logprobs(states, torch.cat([targets[:, None], topk_ids], 1))
+                return torch.cat([logprobs[:, :1], logprobs[:, 1:].detach()], 1)
+            values = self._logprobs(states, targets)
+        return torch.zeros(asked.shape, dtype=torch.float32, device=asked.device).index_put(places, values)
+
+    def _states_before(
+        self,
+        places: tuple[Int[Tensor, " tokens"], ...],
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Bool[Tensor, "batch seq"],
+    ) -> Float[Tensor, "tokens size"]:
+        """What tokens are predicted from: the last hidden states before them, or logits if the head is not linear.
+
+        Args:
+            places: rows and columns of the tokens; none is the first of a row.
+            input_ids: see `forward`.
+            attention_mask: likewise.
+        """
+        rows, columns = places
+        before = rows * input_ids.shape[1] + columns - 1
         if self.is_packed:
             inputs = packed_inputs(input_ids, attention_mask)
-            predicts = predicts[attention_mask][None]
+            before = (attention_mask.flatten().cumsum(0) - 1).index_select(0, before)
         else:
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
         if self.is_head_linear:
-            hidden = self.language_model.base_model(**inputs).last_hidden_state[predicts]
-            head = self.language_model.get_output_embeddings()
-            logprobs = self.token_logprobs(hidden, head.weight, targets, bias=head.bias, temperature=self.temperature)
+            states = self.language_model.base_model(**inputs).last_hidden_state
         else:
-            logits = self.language_model(**inputs).logits[predicts]
-            logprobs = target_logprobs(logits, targets, temperature=self.temperature)
-        if topk_ids is not None:
-            return torch.cat([logprobs[:, :1], logprobs[:, 1:].detach()], 1)
-        return torch.zeros(asked.shape, dtype=torch.float32, device=input_ids.device).masked_scatter(asked, logprobs)
+            states = self.language_model(**inputs).logits
+        return states.flatten(0, 1).index_select(0, before)  # type: ignore[no-any-return]
+
+    def _logprobs(
+        self, states: Float[Tensor, "tokens size"], targets: Int[Tensor, "tokens ..."]
+    ) -> Float[Tensor, "tokens ..."]:
+        if not self.is_head_linear:
+            return target_logprobs(states, targets, temperature=self.temperature)
+        head = self.language_model.get_output_embeddings()
+        return self.token_logprobs(states, head.weight, targets, bias=head.bias, temperature=self.temperature)
+
+    @torch.no_grad()
+    def _entropies(self, states: Float[Tensor, "tokens size"]) -> Float[Tensor, " tokens"]:
+        if not self.is_head_linear:
+            return torch.special.entr((states.float() / self.temperature).softmax(1)).sum(1)  # type: ignore[no-any-return]
+        head = self.language_model.get_output_embeddings()
+        return linear_token_entropies(
+            states,
+            head.weight,
+            bias=head.bias,
+            temperature=self.temperature,
+            chunk_bytes=self.token_logprobs.chunk_bytes,
+        )
 
 
 @torch.no_grad()

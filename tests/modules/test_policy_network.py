@@ -1,4 +1,6 @@
-"""Logprobs of completion tokens equal a plain log-softmax of the model's logits, as do their gradients."""
+"""Logprobs of completion tokens equal a plain log-softmax of the model's logits, as do gradients; entropies do too."""
+
+import copy
 
 import pytest
 import torch
@@ -229,6 +231,77 @@ def test_a_batch_without_completion_tokens_scores_nothing_else_either(language_m
     logprobs = PolicyNetwork(language_model)(input_ids, attention_mask, completion_mask, others)
     assert logprobs.shape == (0, 4)
     assert all((gradient == 0).all() for gradient in gradients(language_model, logprobs.sum()).values())
+
+
+SOFTCAPPED_HEAD = Gemma2Config(
+    **SIZES,
+    final_logit_softcapping=5.0,
+    attn_logit_softcapping=None,
+    sliding_window=8,
+    layer_types=["full_attention"] * 2,
+)
+
+
+@pytest.fixture(params=[True, False], ids=["packed", "padded"])
+def is_packed(request):
+    return request.param
+
+
+@pytest.fixture(params=["linear head", "softcapped head"])
+def packable(request):
+    return built(CONFIGS["tied"] if request.param == "linear head" else SOFTCAPPED_HEAD)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_entropies_are_those_of_the_whole_distribution(packable, is_packed, temperature):
+    language_model, exact = packable, copy.deepcopy(packable).double()
+    input_ids, attention_mask, completion_mask = padded()
+    network = PolicyNetwork(language_model, temperature=temperature, token_logprobs=SMALL_CHUNKS, is_packed=is_packed)
+    entropies = network(input_ids, attention_mask, completion_mask, returns_entropy=True)
+    assert (entropies.dtype, entropies.shape) == (torch.float32, input_ids.shape)
+    assert (entropies[~completion_mask] == 0).all()
+    assert not entropies.requires_grad
+    for row, column in completion_mask.nonzero().tolist():
+        logits = exact(input_ids[row : row + 1, :column]).logits[0, -1].detach() / temperature
+        p = logits.exp() / logits.exp().sum()
+        expected = -(p * p.log()).sum()
+        torch.testing.assert_close(entropies[row, column].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_without_completion_tokens_has_no_entropies(language_model):
+    input_ids, attention_mask, completion_mask = padded(((3, 0), (5, 0)))
+    entropies = PolicyNetwork(language_model)(input_ids, attention_mask, completion_mask, returns_entropy=True)
+    assert torch.equal(entropies, torch.zeros(input_ids.shape))
+
+
+def test_entropies_take_no_other_tokens(llama):
+    input_ids, attention_mask, completion_mask = padded()
+    others = other_tokens(input_ids)[completion_mask]
+    with pytest.raises(ValueError, match=r"`returns_entropy` .* must be False with `topk_ids`"):
+        PolicyNetwork(llama)(input_ids, attention_mask, completion_mask, others, returns_entropy=True)
+
+
+@pytest.mark.parametrize("returns_entropy", [False, True])
+def test_after_the_body_no_tokens_are_counted(packable, is_packed, returns_entropy):
+    """A GPU would be waited for."""
+    network = PolicyNetwork(packable, is_packed=is_packed)
+    after = []
+
+    class After(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            is_by_mask = name == "index" and args[1][0].dtype == torch.bool
+            after.append("index by mask" if is_by_mask else name)
+            return func(*args, **(kwargs or {}))
+
+    begin = packable.base_model.register_forward_hook(lambda *_: after.clear())
+    try:
+        with After():
+            network(*padded(), returns_entropy=returns_entropy)
+    finally:
+        begin.remove()
+    assert "index_select" in after
+    assert not {"index by mask", "nonzero", "masked_select", "_local_scalar_dense"} & set(after)
 
 
 def test_bfloat16_weights_give_float32_logprobs(llama):
