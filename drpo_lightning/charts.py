@@ -96,7 +96,10 @@ LAYOUT: Layout = {
         "truncated completions": r"completions/truncated_fraction",
         "tokens per held-out completion": r"val/(.+/)?completions/mean_length",
         "truncated held-out completions": r"val/(.+/)?completions/truncated_fraction",
-        "entropy of mu in nats": r"entropy/rollout",
+        "entropy in nats: of mu, estimated, and of pi": r"entropy/(rollout|mean)",
+        "entropy of pi in the first and last quarter, in nats": r"entropy/mean_(first|last)_quarter",
+        "percentiles of the entropy of pi in nats": r"entropy/p\d+",
+        "largest entropy of pi in nats": r"entropy/max",
         "rare, middle and common tokens by mu": r"tokens/(rare|middle|common)_fraction",
     },
     "Prompts": {

@@ -19,6 +19,7 @@ from drpo_lightning.callbacks.math_verify_reward import MathVerifyReward
 from drpo_lightning.callbacks.mismatch_and_drift import MismatchAndDrift
 from drpo_lightning.callbacks.overlong_reward import OverlongReward
 from drpo_lightning.callbacks.policy_checkpoint import PolicyCheckpoint
+from drpo_lightning.callbacks.policy_entropy import PolicyEntropy
 from drpo_lightning.callbacks.policy_shift import PolicyShift
 from drpo_lightning.callbacks.progress import RolloutProgress
 from drpo_lightning.callbacks.prompt_statistics import PromptStatistics
@@ -58,6 +59,7 @@ __all__ = [
     "NumericAnswerReward",
     "OverlongReward",
     "PolicyCheckpoint",
+    "PolicyEntropy",
     "PolicyShift",
     "PromptStatistics",
     "ReasoningGymReward",

@@ -40,6 +40,7 @@ CALLBACKS = (
 ELSEWHERE = [
     *("val/pass@16", "rollout/number", "guardrail/triggered", "adaptive/corrective_fraction"),
     *(f"proxy/{name}_{kind}" for name in ("binary", "topk", "exact") for kind in ("tv", "kl")),
+    *(f"entropy/{name}" for name in ("mean", "mean_first_quarter", "mean_last_quarter", "p50", "p90", "p99", "max")),
     *(f"reference/{name}" for name in ("k1_kl", "k3_kl", "log_ratio_abs_mean", "log_ratio_abs_max")),
     *(
         "reference/beyond_clamp_fraction",
