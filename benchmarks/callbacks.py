@@ -32,6 +32,7 @@ from drpo_lightning.callbacks import (
     MaskStatistics,
     MismatchAndDrift,
     NumericAnswerReward,
+    PolicyEntropy,
     PolicyShift,
     RolloutStatistics,
     ShiftMap,
@@ -95,7 +96,7 @@ def measure(model: str, *, num_rollouts: int, num_prompts: int, folder: str) -> 
     seed_everything(0, verbose=False)
     seconds: dict[str, float] = defaultdict(float)
     diagnostics = [PolicyShift(), Divergence(), MaskStatistics(), MismatchAndDrift(), DivergenceProxy(), TokenTable()]
-    diagnostics += [ShiftMap(), RolloutStatistics(), CompletionLogger(), Guardrail(), Dashboard()]
+    diagnostics += [PolicyEntropy(), ShiftMap(), RolloutStatistics(), CompletionLogger(), Guardrail(), Dashboard()]
     diagnostics += [HyperparameterLogger()]
     start = StepStart()
     end = StepEnd(start)
