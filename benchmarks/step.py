@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -91,8 +91,9 @@ class Side:
     def step(self) -> Step:
         """Lets it run a step."""
         assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended, and so has no answer
+            self._process.stdin.write("step\n")
+            self._process.stdin.flush()
         return with_phases(self._answer())
 
     def _answer(self) -> Any:  # noqa: ANN401

@@ -108,6 +108,13 @@ def test_a_side_that_ends_too_early_shows_what_it_said(benchmark, make_side, kee
         benchmark.measure(sides, turns=1, steps_per_turn=1, keep_alive=keep_alive)
 
 
+def test_a_side_that_has_ended_before_it_is_asked_shows_what_it_said(make_side):
+    with make_side("a", 1) as side:
+        side._process.wait(timeout=60)
+        with pytest.raises(RuntimeError, match=r"(?s)a has ended:.*no more steps"):
+            side.step()
+
+
 @pytest.mark.docs
 def test_both_sides_do_the_same_work(run):
     pytest.importorskip("trl", reason="pip install 'drpo-lightning[trl]'")
