@@ -75,7 +75,7 @@ class RolloutDataModule(SampledRollouts):
             engine which sleeps between rollouts shares with the training.
         seed: of the order of prompts, of the split into micro-batches, and of seeded requests.
         seeded_requests: gives every prompt a seed made of `seed`, the rollout and the prompt, so that a run can be
-            repeated exactly. By default on a CPU only: on a GPU it slows vLLM down.
+            repeated exactly. By default on a CPU only: it slows vLLM down, there by a tenth (`benchmarks/README.md`).
         trust_remote_code: whether code that comes with the tokenizer may run.
 
     Raises:
