@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from drpo_lightning.batch import Completion, Sampling
@@ -18,14 +17,11 @@ from drpo_lightning.rollout.engine import EngineError, InFlight, Request, Rollou
 from drpo_lightning.rollout.in_process_vllm import InProcessVLLM
 from drpo_lightning.rollout.process import BUCKET_BYTES, EngineProcess
 from drpo_lightning.rollout.served import Heartbeat
+from drpo_lightning.rollout.vllm_settings import adapter_kwargs, environment_of_engine, warn_of_expandable_segments
 from drpo_lightning.rollout.weights import model_weight_shapes
 
 SET_ELSEWHERE = ("model", "seed", "trust_remote_code", "enable_sleep_mode", "enable_lora")
 """Arguments of `vllm.LLM` that other settings decide on."""
-ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as `max_lora_rank`."""
-
-
 TIMEOUTS = ("start_timeout_seconds", "generate_timeout_seconds", "sync_timeout_seconds", "stall_timeout_seconds")
 
 
@@ -198,7 +194,7 @@ class VLLMEngine(RolloutEngine):
             llm_kwargs["enable_chunked_prefill"] = False
         llm_kwargs |= self.engine_kwargs
         if in_process:
-            os.environ.update(_environment_of_engine(device, own_process=False, is_eager=is_eager))
+            os.environ.update(environment_of_engine(device, own_process=False, is_eager=is_eager))
             self.max_restarts = 0
             self._local = InProcessVLLM(llm_kwargs)
         else:
@@ -208,7 +204,7 @@ class VLLMEngine(RolloutEngine):
             self._remote = EngineProcess(
                 InProcessVLLM,
                 (llm_kwargs, self._heartbeat),
-                _environment_of_engine(device, own_process=True, is_eager=is_eager),
+                environment_of_engine(device, own_process=True, is_eager=is_eager),
                 max(BUCKET_BYTES, largest),
                 self._heartbeat,
                 device,
@@ -229,7 +225,7 @@ class VLLMEngine(RolloutEngine):
             llm_kwargs["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
         if not self._on_cpu and self.sleep_mode != "never":
             llm_kwargs["enable_sleep_mode"] = True
-            _warn_of_expandable_segments()
+            warn_of_expandable_segments()
         return llm_kwargs
 
     def _call(self, method: str, timeout_seconds: float, *args: Any) -> Any:  # noqa: ANN401
@@ -300,58 +296,3 @@ class VLLMEngine(RolloutEngine):
         folder, self._adapter_folder = self._adapter_folder, None
         if folder is not None:
             folder.cleanup()
-
-
-def adapter_kwargs(rank: int | None) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for adapters of a rank; none without adapters, which cost speed.
-
-    Raises:
-        SettingError: if vLLM has no room for adapters of that rank.
-    """
-    if rank is None:
-        return {}
-    if rank > ADAPTER_RANKS[-1]:
-        raise SettingError(
-            f"`model.peft.r` {rank} is more than the {ADAPTER_RANKS[-1]} that vLLM takes in an adapter; set "
-            "`model.peft.sync: merged`"
-        )
-    room = next(allowed for allowed in ADAPTER_RANKS if allowed >= rank)
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
-
-
-def _warn_of_expandable_segments() -> None:
-    """Warns of a setting of PyTorch's allocator with which vLLM's sleep frees nothing, or that vLLM refuses."""
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        if "expandable_segments:true" in os.environ.get(name, "").replace(" ", "").lower():
-            rank_zero_warn(
-                f"`{name}` has expandable_segments:True, with which vLLM's sleep mode does not free its memory; leave "
-                "it out, or set `sleep: never`"
-            )
-
-
-def _environment_of_engine(device: torch.device, *, own_process: bool, is_eager: bool) -> dict[str, str]:
-    """Environment variables that vLLM reads when it is imported."""
-    environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # At every sync vLLM warns that a rotary embedding has no weights, which is so.
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    if device.type == "cpu":
-        if is_eager:
-            # vLLM compiles the ranking of logprobs at the first request all the same: it would need a C++ compiler.
-            environment["TORCHDYNAMO_DISABLE"] = "1"
-        environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
-    # vLLM sets it for the whole process, the trainer's too.
-    name = "VLLM_FLOAT32_MATMUL_PRECISION"
-    environment[name] = os.environ.get(name, torch.get_float32_matmul_precision())
-    if importlib.util.find_spec("flashinfer") is None:
-        environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-    if own_process:
-        if device.type == "cuda":
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-            environment["CUDA_VISIBLE_DEVICES"] = devices[device.index or 0]
-        # The engine is alone in its world, whatever the trainer's ranks are called.
-        environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    return environment

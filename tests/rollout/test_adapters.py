@@ -19,7 +19,7 @@ from drpo_lightning.rollout.adapters import (
     write_adapter,
 )
 from drpo_lightning.rollout.transformers import round_to_fp8
-from drpo_lightning.rollout.vllm import adapter_kwargs
+from drpo_lightning.rollout.vllm_settings import adapter_kwargs
 from drpo_lightning.rollout.weights import model_weight_shapes
 from tests.rollout.conftest import MODEL
 from tests.rollout.test_engines import TOLERANCE
