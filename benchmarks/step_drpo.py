@@ -51,7 +51,7 @@ class SteppedRun(Callback, RolloutHooks):
     def _note_engine(self) -> None:
         """Notes how long an engine in a process of its own has computed since this was last noted."""
         before = self.sampling_seconds
-        self.sampling_seconds = self.engine.sampling_seconds if isinstance(self.engine, VLLMEngine) else 0.0
+        self.sampling_seconds = self.engine.sampling_seconds or 0.0
         self.clock.add_seconds("engine", self.sampling_seconds - before)
 
     def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:  # noqa: ARG002

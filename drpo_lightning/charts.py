@@ -124,7 +124,7 @@ LAYOUT: Layout = {
         "rollout": r"rollout/number",
         "seconds since the start": r"perf/elapsed_seconds",
         "most memory of a rank in GiB": r"perf/peak_memory_gib",
-        "share of the time that the trainer waits for completions": r"perf/idle_fraction",
+        "share of the time: trainer waits, engine computes": r"perf/(idle|engine_busy)_fraction",
     },
     "Engine": {
         "weight syncs since the weights of the samples": r"rollout/staleness_(mean|max)",

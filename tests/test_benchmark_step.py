@@ -292,4 +292,4 @@ def test_the_engines_seconds_are_those_of_its_own_steps():
         time.sleep(0.01)
     assert heartbeat.busy_seconds >= after_one + 0.01
     assert heartbeat.count == 2
-    assert VLLMEngine().sampling_seconds == 0  # nothing has started
+    assert VLLMEngine().sampling_seconds is None  # nothing has started

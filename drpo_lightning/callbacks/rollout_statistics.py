@@ -26,17 +26,18 @@ class RolloutStatistics(Callback, RolloutHooks):
     for that of a penalty); and of the iteration `perf/generate_seconds`, `perf/sync_seconds`, `perf/reward_seconds`,
     `perf/update_seconds`, where there is such a thing `perf/wake_seconds` and `perf/sleep_seconds` of the engine,
     `perf/offload_seconds` of the optimizer's state and `perf/score_seconds` of forward passes before the first update,
-    and `perf/iteration_seconds` (all but `perf/start_seconds`, which the engine takes to start where
-    it does), `perf/tokens_per_second` (the completions' tokens over the whole iteration, all ranks),
-    `perf/idle_fraction` (share of the iteration in which the trainer waits for completions; where they are sampled
-    ahead, `perf/generate_seconds` is what is left to wait), `perf/generate_tokens_per_second` (sampled tokens
-    over `perf/generate_seconds`, where they are not), `perf/update_tokens_per_second` (prompts and completions, without
-    padding, over `perf/update_seconds`) and, for a dense transformer on a device whose peak is known, `perf/mfu` (model
-    FLOPs utilization of the updates: see `ModelSize.training_flops` for what is counted, `PEAK_TFLOPS` for the peaks);
-    `perf/token_imbalance` and `perf/padding_fraction` (what the split into micro-batches loses, see
-    `drpo_lightning.datamodules.micro_batches.split_rollout`); `perf/elapsed_seconds` (since this start of the training,
-    validations included; a resumed run begins at 0) and `perf/peak_memory_gib` (of any rank's process so far: what
-    PyTorch has allocated on a CUDA GPU, or else resident memory); how old the weights of the samples are:
+    and `perf/iteration_seconds` (all but `perf/start_seconds`, which the engine takes to start where it does),
+    `perf/tokens_per_second` (the completions' tokens over the whole iteration, all ranks), `perf/idle_fraction` (share
+    of the iteration in which the trainer waits for completions; where they are sampled ahead, `perf/generate_seconds`
+    is what is left to wait), of an engine in a process of its own `perf/engine_busy_fraction` (share of the iteration
+    in which rank 0's computes tokens, of whichever rollout), `perf/generate_tokens_per_second` (sampled tokens over
+    `perf/generate_seconds`, where they are not sampled ahead), `perf/update_tokens_per_second` (prompts and
+    completions, without padding, over `perf/update_seconds`) and, for a dense transformer on a device whose peak is
+    known, `perf/mfu` (model FLOPs utilization of the updates: see `ModelSize.training_flops` for what is counted,
+    `PEAK_TFLOPS` for the peaks); `perf/token_imbalance` and `perf/padding_fraction` (what the split into micro-batches
+    loses, see `drpo_lightning.datamodules.micro_batches.split_rollout`); `perf/elapsed_seconds` (since this start of
+    the training, validations included; a resumed run begins at 0) and `perf/peak_memory_gib` (of any rank's process so
+    far: what PyTorch has allocated on a CUDA GPU, or else resident memory); how old the weights of the samples are:
     `rollout/staleness_mean`, `rollout/staleness_max` (weight syncs between the oldest weights that a completion was
     drawn with and the newest synced ones) and, at updates, `rollout/updates_since_sync` (updates on this rollout so
     far); where prompts without a signal are replaced (`data.dynamic_sampling_rounds`), of which all other figures know
@@ -69,6 +70,8 @@ class RolloutStatistics(Callback, RolloutHooks):
         self._sampled = 0.0
         self._updated = 0.0
         self._waited_seconds = 0.0
+        self._engine_seconds: list[float | None] = [None, None]
+        """For how long the engine had computed by the start of the iteration, and by the end of its updates."""
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
@@ -79,6 +82,7 @@ class RolloutStatistics(Callback, RolloutHooks):
     def on_rollout_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Starts the clock of the iteration."""
         self._started = time.perf_counter()
+        self._engine_seconds[0] = trainer.datamodule.engine.sampling_seconds  # type: ignore[attr-defined]
 
     def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
         """Takes the statistics over all ranks."""
@@ -117,6 +121,7 @@ class RolloutStatistics(Callback, RolloutHooks):
     ) -> None:
         """Stops the clock of the updates: a validation may come before the end of the epoch. Counts them."""
         self._updated = time.perf_counter()
+        self._engine_seconds[1] = trainer.datamodule.engine.sampling_seconds  # type: ignore[attr-defined]
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
@@ -136,6 +141,9 @@ class RolloutStatistics(Callback, RolloutHooks):
             **self._work.metrics(update_seconds),
             "perf/idle_fraction": self._waited_seconds / seconds,
         }
+        before, after = self._engine_seconds
+        if before is not None and after is not None:
+            metrics["perf/engine_busy_fraction"] = (after - before) / seconds
         lost: dict[str, float] = trainer.datamodule.split_statistics  # type: ignore[attr-defined]
         metrics |= {f"perf/{name}": value for name, value in lost.items()} | cost_so_far(trainer, self._began)
         log_metrics(trainer, pl_module, metrics)

@@ -99,6 +99,14 @@ class RolloutEngine(ABC):
         return {}
 
     @property
+    def sampling_seconds(self) -> float | None:
+        """Seconds in which it has computed tokens so far, whoever waits for them; None if it does not know.
+
+        May be asked at any time. It never becomes less, not by a restart either.
+        """
+        return None
+
+    @property
     @abstractmethod
     def is_started(self) -> bool:
         """True between `start` and `close`."""

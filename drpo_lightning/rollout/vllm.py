@@ -139,12 +139,9 @@ class VLLMEngine(RolloutEngine):
         return not self._on_cpu
 
     @property
-    def sampling_seconds(self) -> float:
-        """Seconds in which an engine in a process of its own has computed tokens since its start; may always be asked.
-
-        In the trainer's process it is 0: there the trainer waits, and knows.
-        """
-        return 0.0 if self._heartbeat is None else self._heartbeat.busy_seconds
+    def sampling_seconds(self) -> float | None:
+        """See `RolloutEngine.sampling_seconds`; known of an engine in a process of its own."""
+        return None if self._heartbeat is None else self._heartbeat.busy_seconds
 
     def sample_ahead(self, in_flight: InFlight) -> None:
         """See `RolloutEngine.sample_ahead`: takes a process of its own, and does not sleep."""
@@ -200,7 +197,7 @@ class VLLMEngine(RolloutEngine):
         else:
             shapes = model_weight_shapes(model, trust_remote_code=trust_remote_code)
             largest = max(shape.numel() for shape in shapes.values()) * torch.float32.itemsize
-            self._heartbeat = Heartbeat()
+            self._heartbeat = self._heartbeat or Heartbeat()
             self._remote = EngineProcess(
                 InProcessVLLM,
                 (llm_kwargs, self._heartbeat),

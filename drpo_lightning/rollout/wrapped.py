@@ -30,6 +30,11 @@ class WrappedEngine(RolloutEngine):
         return self.engine.statistics
 
     @property
+    def sampling_seconds(self) -> float | None:
+        """Seconds in which the engine has computed tokens so far."""
+        return self.engine.sampling_seconds
+
+    @property
     def can_sleep(self) -> bool:
         """True if the engine can."""
         return self.engine.can_sleep

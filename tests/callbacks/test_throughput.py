@@ -9,8 +9,10 @@ import torch
 
 from drpo_lightning.callbacks import RolloutStatistics
 from drpo_lightning.callbacks.throughput import UpdateWork, update_work
+from drpo_lightning.datamodules import ArithmeticPrompts
 from drpo_lightning.modules.lora import LoRA
 from drpo_lightning.objectives import DRPO, Decoupled
+from drpo_lightning.rollout import TransformersEngine
 
 
 def sizes(rollout):
@@ -66,6 +68,30 @@ def test_the_phases_of_an_iteration_do_not_overlap(make_run, make_memory):
     summed = torch.tensor([logger.values(f"perf/{name}_seconds") for name in phases]).sum(0)
     assert (summed <= torch.tensor(logger.values("perf/iteration_seconds"))).all()
     assert not any(name in logger.scalars for name in ("perf/wake_seconds", "perf/sleep_seconds"))
+
+
+class TimedEngine(TransformersEngine):
+    """Says for how long it has sampled, as an engine in a process of its own does."""
+
+    seconds = 0.0
+
+    def generate(self, *arguments, **settings):
+        self.seconds += 0.25
+        return super().generate(*arguments, **settings)
+
+    @property
+    def sampling_seconds(self):
+        return self.seconds if self.is_started else None
+
+
+def test_the_share_in_which_the_engine_computes_is_of_the_iteration(make_run, make_memory):
+    logger = make_memory()
+    data = {"engine": TimedEngine(), "val_prompts": ArithmeticPrompts("validation", max_operand=9, num_validation=4)}
+    run = make_run(RolloutStatistics(), trainer={"logger": logger, "max_epochs": 3}, data=data)
+    run.fit()
+    iterations, shares = (logger.values(f"perf/{name}") for name in ("iteration_seconds", "engine_busy_fraction"))
+    assert run.data.engine.seconds == 7 * 0.25  # three rollouts, and validations before, between and after them
+    assert [share * seconds for share, seconds in zip(shares, iterations, strict=True)] == pytest.approx([0.25] * 3)
 
 
 def test_time_and_memory_of_the_process_only_grow(make_run, make_memory):
