@@ -9,15 +9,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from drpo_lightning.batch import Rollout, RolloutBatch
+from drpo_lightning.callbacks.sampled_completions import pass_size, spread_rows
 from drpo_lightning.callbacks.update_statistics import completion_tokens
 from drpo_lightning.logs import log_metrics
 from drpo_lightning.metrics import LogprobComparison
 from drpo_lightning.ranks import of_all_ranks
 from drpo_lightning.rollout.hooks import RolloutHooks
 from drpo_lightning.rollout.policy import RolloutPolicy
-
-ONE_IN = 32
-"""Of how many completions one is scored by default."""
 
 
 class MismatchAndDrift(Callback, RolloutHooks):
@@ -73,9 +71,7 @@ class MismatchAndDrift(Callback, RolloutHooks):
 
     def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
         """Scores a few completions with the weights that sampled them."""
-        asked = max(1, len(rollout) // ONE_IN) if self.num_sequences is None else self.num_sequences
-        number = 0 if rollout.proximal_logprobs is not None else min(asked, len(rollout))
-        self._rows = [i * len(rollout) // number for i in range(number)]
+        self._rows = [] if rollout.proximal_logprobs is not None else spread_rows(rollout, self.num_sequences)
         if self._rows:
             self._proximal_logprobs = score(trainer, pl_module, rollout, self._rows)
 
@@ -156,11 +152,10 @@ def score(trainer: Trainer, pl_module: LightningModule, rollout: Rollout, rows: 
     """
     if not isinstance(pl_module, RolloutPolicy):
         raise TypeError(f"the LightningModule must be a `RolloutPolicy`, got {type(pl_module).__name__}")
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
     logprobs = pl_module.score(
         part_of_rollout(rollout, rows),
-        batch_size=max(1, len(rollout) // (data.num_updates * int(trainer.accumulate_grad_batches))),
-        pad_token_id=data.encoder.pad_token_id,
+        batch_size=pass_size(trainer, rollout),
+        pad_token_id=trainer.datamodule.encoder.pad_token_id,  # type: ignore[attr-defined]
     )
     return torch.tensor([logprob for completion in logprobs for logprob in completion])
 

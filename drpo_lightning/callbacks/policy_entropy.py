@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from drpo_lightning.batch import Rollout, RolloutBatch
-from drpo_lightning.callbacks.mismatch_and_drift import ONE_IN
+from drpo_lightning.callbacks.sampled_completions import pass_size, spread_rows
 from drpo_lightning.callbacks.tensorboard import write_histogram
 from drpo_lightning.logs import log_metrics
 from drpo_lightning.metrics import TokenStatistics, geometric_edges
@@ -67,17 +67,13 @@ class PolicyEntropy(Callback, RolloutHooks):
         """
         if trainer.current_epoch % self.every_n_rollouts:
             return
-        asked = max(1, len(rollout) // ONE_IN) if self.num_sequences is None else self.num_sequences
-        number = min(asked, len(rollout))
-        rows = [i * len(rollout) // number for i in range(number)]
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        size = max(1, len(rollout) // (data.num_updates * int(trainer.accumulate_grad_batches)))
-        for start in range(0, number, size):
+        rows, size = spread_rows(rollout, self.num_sequences), pass_size(trainer, rollout)
+        for start in range(0, len(rows), size):
             batch = RolloutBatch.collate(
                 rollout,
                 rows[start : start + size],
                 None,
-                pad_token_id=data.encoder.pad_token_id,
+                pad_token_id=trainer.datamodule.encoder.pad_token_id,  # type: ignore[attr-defined]
                 num_update_tokens=0,
                 num_update_sequences=0,
             )

@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -70,9 +70,8 @@ class RolloutSampler:
         if trainer.strategy.root_device.type == "cuda" and (self.engine.sleeps or not self.engine.is_started):
             torch.cuda.empty_cache()  # what the last update's activations took is the engine's now
         if self.engine.is_started:
-            if self.engine.sleeps:
-                with self.phase("wake"):
-                    self.engine.wake()
+            with self._phase_of_sleep("wake"):
+                self.engine.wake()
             return
         adapter = _weight_source(trainer.lightning_module).adapter_config
         if adapter is not None and not self.engine.supports_adapters:
@@ -92,10 +91,12 @@ class RolloutSampler:
 
     def rest(self) -> None:
         """Gives the engine's memory to the trainer, as far as it can and is to."""
-        self.engine.check_sleep()
-        if self.engine.sleeps:
-            with self.phase("sleep"):
-                self.engine.sleep()
+        with self._phase_of_sleep("sleep"):
+            self.engine.sleep()
+
+    def _phase_of_sleep(self, name: str) -> AbstractContextManager[None]:
+        """A phase, of an engine that sleeps."""
+        return self.phase(name) if self.engine.sleeps else nullcontext()
 
     def load_weights(self, source: object) -> None:
         """Sends the weights, or the adapters where they alone are synced, after checking names, shapes and finiteness.
