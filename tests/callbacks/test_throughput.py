@@ -70,6 +70,31 @@ def test_the_phases_of_an_iteration_do_not_overlap(make_run, make_memory):
     assert not any(name in logger.scalars for name in ("perf/wake_seconds", "perf/sleep_seconds"))
 
 
+class SleepingEngine(TransformersEngine):
+    """Notes when it is put to sleep, and when it is woken."""
+
+    can_sleep = True
+
+    def __init__(self):
+        super().__init__()
+        self.events = []
+
+    def _sleep(self):
+        self.events.append("sleep")
+
+    def _wake(self):
+        self.events.append("wake")
+
+
+def test_sleep_and_waking_are_phases_of_an_engine_that_sleeps(make_run, make_memory):
+    logger = make_memory()
+    run = make_run(RolloutStatistics(), trainer={"logger": logger, "max_epochs": 3}, data={"engine": SleepingEngine()})
+    run.fit()
+    assert run.data.engine.events == ["sleep", "wake", "sleep", "wake", "sleep"]
+    assert len(logger.values("perf/sleep_seconds")) == 3
+    assert len(logger.values("perf/wake_seconds")) == 2  # it starts awake
+
+
 class TimedEngine(TransformersEngine):
     """Says for how long it has sampled, as an engine in a process of its own does."""
 
